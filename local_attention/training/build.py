@@ -1,0 +1,18 @@
+"""From configs and checkpoints to models."""
+
+from local_attention.training.checkpoint import read, restore
+from local_attention.training.config import ModelConfig, as_dict, typed
+from local_attention.transformer import LocalTransformer
+
+
+def build_model(config):
+    """The ``LocalTransformer`` of a ``ModelConfig``."""
+    return LocalTransformer(**as_dict(config))
+
+
+def load_model(checkpoint):
+    """The model that a checkpoint holds, in evaluation mode, and the checkpoint's metadata; raises ``CheckpointError``."""
+    tensors, meta = read(checkpoint)
+    model = build_model(typed(ModelConfig, meta["config"]["model"]))
+    restore(tensors, model)
+    return model.set_train(False), meta

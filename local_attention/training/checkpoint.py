@@ -1,0 +1,153 @@
+"""Checkpoints that are whole or not there: written beside, flushed, moved into place.
+
+A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``, the optimizer's state under ``optimizer.``) and a
+``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the newest and the best one. The sidecar is
+written after the tensors, and a checkpoint counts as there once its sidecar is.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import mindspore as ms
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from local_attention.training.errors import CheckpointError
+
+FORMAT = 1
+
+
+def write_atomically(path, write):
+    """Call ``write(partial_path)``, flush what it wrote to the disk, then move it to ``path``."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush_directory(path.parent)
+
+
+def flush_directory(directory):
+    """Make renames within ``directory`` last through a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path, text):
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: created when the first one is saved.
+        keep_last: how many of the newest stay; the best one always does.
+    """
+
+    def __init__(self, directory, keep_last=2):
+        self.directory, self.keep_last = Path(directory), keep_last
+
+    def save(self, tensors, meta, best=False):
+        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then point ``last`` (and ``best``) to them."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / f"step-{meta['step']:08d}.safetensors"
+        write_atomically(path, lambda partial: save_file(tensors, partial))
+        write_text(sidecar(path), json.dumps({"format": FORMAT, **meta}, indent=1) + "\n")
+        self.point("last", path)
+        if best:
+            self.point("best", path)
+        self.prune()
+        return path
+
+    def point(self, name, path):
+        """Let the link ``name`` lead to ``path``, at no instant to nothing."""
+        partial = self.directory / f".{name}.partial-{os.getpid()}"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(path.name)
+        os.replace(partial, self.directory / name)
+        flush_directory(self.directory)
+
+    def prune(self):
+        """Delete all but the newest ``keep_last`` and the ones that ``last`` and ``best`` lead to."""
+        linked = {(self.directory / name).resolve().name for name in ("last", "best")}
+        for path in self.complete()[: -self.keep_last]:
+            if path.name not in linked:
+                sidecar(path).unlink()
+                path.unlink()
+
+    def complete(self):
+        """Paths of the complete checkpoints, oldest first."""
+        return [path for path in sorted(self.directory.glob("step-*.safetensors")) if sidecar(path).exists()]
+
+    def find(self, name):
+        """The path that ``name`` leads to (``last`` or ``best``), or None."""
+        path = (self.directory / name).resolve()
+        if path.exists() and sidecar(path).exists():
+            return path
+        complete = self.complete()
+        return complete[-1] if complete else None
+
+
+def sidecar(path):
+    return path.with_suffix(".json")
+
+
+def read(path):
+    """The tensors (name to array) and the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or of another format.
+    """
+    path = Path(path).resolve()
+    try:
+        meta = json.loads(sidecar(path).read_text())
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no such checkpoint: {error.filename or path}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"the checkpoint {path} has format {meta.get('format')}, expected {FORMAT}")
+    return tensors, meta
+
+
+def named_parameters(model, optimizer=None):
+    """What a checkpoint holds of a model and its optimizer: name to Parameter."""
+    named = {f"model.{parameter.name}": parameter for parameter in model.get_parameters()}
+    if optimizer is not None:
+        weights = {parameter.name for parameter in model.get_parameters()}
+        state = [parameter for parameter in optimizer.get_parameters() if parameter.name not in weights]
+        named |= {f"optimizer.{parameter.name}": parameter for parameter in state}
+    return named
+
+
+def tensors_of(model, optimizer):
+    """The values of :func:`named_parameters` as arrays."""
+    return {name: parameter.asnumpy() for name, parameter in named_parameters(model, optimizer).items()}
+
+
+def restore(tensors, model, optimizer=None):
+    """Put the tensors of a checkpoint back; without ``optimizer`` only those of the model.
+
+    Raises:
+        CheckpointError: naming a tensor that is missing, left over or of another shape.
+    """
+    wanted = named_parameters(model, optimizer)
+    given = {name for name in tensors if optimizer is not None or name.startswith("model.")}
+    for name in sorted(given ^ set(wanted)):
+        what = "lacks the" if name in wanted else "has an unexpected"
+        raise CheckpointError(f"the checkpoint {what} tensor {name}: it is of another model or optimizer")
+    for name, parameter in wanted.items():
+        if tuple(parameter.shape) != tensors[name].shape:
+            raise CheckpointError(f"{name} has shape {tensors[name].shape} in the checkpoint, expected {parameter.shape}")
+    for name, parameter in wanted.items():
+        parameter.set_data(ms.Tensor(tensors[name]))

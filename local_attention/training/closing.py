@@ -1,0 +1,59 @@
+"""The end of a run: its summary, and what the person may do next."""
+
+import json
+import logging
+import shlex
+from pathlib import Path
+
+from local_attention.training.checkpoint import write_text
+from local_attention.training.device import peak_memory_bytes
+from local_attention.training.run_log import duration
+
+log = logging.getLogger("train")
+
+
+def summarise(run_dir, state, scores, run_log):
+    """Write ``summary.json`` and record the scores of whole splits.
+
+    Args:
+        run_dir: the run directory.
+        state: the ``RunState`` at the end.
+        scores: split name to ``Score``.
+        run_log: a ``RunLog``.
+    """
+    for split, score in scores.items():
+        run_log.record("eval", state, split=split, bpb=score.bpb, bytes_scored=score.bytes_scored, whole_split=True)
+        log.info(f"{split}: {score.bpb:.4f} bpb on all {score.bytes_scored:,} bytes, with the best weights")
+    summary = {
+        "steps": state.step,
+        "bytes_seen": state.bytes_seen,
+        **{f"{split}_bpb": score.bpb for split, score in scores.items()},
+        "bytes_per_s": state.bytes_seen / state.train_s,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "wall_s": state.wall_s,
+    }
+    write_text(Path(run_dir) / "summary.json", json.dumps(summary, indent=1) + "\n")
+    log.info(
+        f"{state.step:,} steps, {state.bytes_seen:,} bytes in {duration(state.wall_s)}, "
+        f"{summary['bytes_per_s']:,.0f} bytes/s while training, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+
+
+def say_what_next(run_dir, overrides):
+    """Three commands: sample, look at curves, continue."""
+    log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
+    log.info(f"curves:    tensorboard --logdir {shlex.quote(str(Path(run_dir).parent))}")
+    log.info(f"continue:  {continue_command(run_dir, overrides)} train.max_steps=MORE")
+
+
+def interrupted(state, run_dir, overrides):
+    """Say where an interrupted run was saved; returns its exit status."""
+    log.info(f"interrupted: saved step {state.step:,} in {Path(run_dir) / 'checkpoints'}")
+    log.info(f"continue:  {continue_command(run_dir, overrides)}")
+    return 128 + state.signal
+
+
+def continue_command(run_dir, overrides):
+    """The command line that goes on with a run: the one that began it, with its directory."""
+    kept = [override for override in overrides if override.split("=")[0] not in ("run_dir", "resume")]
+    return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}", "resume=auto"])

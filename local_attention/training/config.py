@@ -1,0 +1,254 @@
+"""The typed configuration of a run, and all its checks, before anything is compiled."""
+
+import math
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from local_attention.training.errors import UsageError
+
+
+@dataclass
+class DataConfig:
+    """Which bytes: see ``data.load``."""
+
+    source: str = "enwik8"
+    path: str | None = None
+    dir: str | None = None
+    fallback: str | None = None
+    max_bytes: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """Keyword arguments of ``LocalTransformer``."""
+
+    num_tokens: int = 256
+    max_seq_len: int = 1024
+    dim: int = 512
+    depth: int = 6
+    heads: int = 8
+    dim_head: int = 64
+    ff_mult: float = 4.0
+    local_attn_window_size: int = 256
+    look_backward: int = 1
+    exact_windowsize: bool = True
+    use_abs_pos_emb: bool = True
+    use_rotary_pos_emb: bool = True
+
+
+@dataclass
+class OptimizerConfig:
+    """See ``training.optimizer``."""
+
+    name: str = "adam"
+    lr: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """See ``training.schedule``."""
+
+    name: str = "constant"
+    warmup_steps: int = 0
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """Sizes, length and events of a run; the events in optimizer steps."""
+
+    seq_len: int = 1024
+    batch_size: int = 4
+    grad_accum_every: int = 1
+    max_steps: int | None = 1000
+    max_minutes: float | None = None
+    clip_norm: float = 0.5
+    log_every: int = 10
+    eval_every: int = 100
+    eval_bytes: int = 100_000
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    generate_every: int = 500
+    generate_length: int = 256
+
+
+@dataclass
+class DeviceConfig:
+    """Where MindSpore runs: auto, CPU, GPU or Ascend."""
+
+    target: str = "auto"
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    run_dir: str | None = None
+    resume: str | None = "auto"
+    seed: int = 0
+
+
+@dataclass
+class GenerateConfig:
+    """What ``generate.py`` samples."""
+
+    run: str | None = None
+    checkpoint: str = "best"
+    prompt: str = ""
+    prompt_file: str | None = None
+    length: int = 1024
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    num_samples: int = 1
+    seed: int = 0
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+# key -> what is allowed there, and how to say it. A value of None is allowed where its type says so, and not checked.
+POSITIVE = (lambda value: value > 0, "a number above 0")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+FRACTION = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+DECAY_RATE = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def one_of(*names):
+    return (lambda value: value in names), "one of " + ", ".join(names)
+
+
+def between(low, high):
+    return (lambda value: low <= value <= high), f"a number from {low} to {high}"
+
+
+RUN_RANGES = {
+    "data.source": one_of("enwik8", "stdlib", "file"),
+    "data.fallback": one_of("stdlib"),
+    "data.max_bytes": POSITIVE,
+    "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
+    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult")},
+    "model.local_attn_window_size": POSITIVE,
+    "model.look_backward": NOT_NEGATIVE,
+    "optimizer.name": one_of("adam", "adamw"),
+    "optimizer.lr": POSITIVE,
+    "optimizer.beta1": DECAY_RATE,
+    "optimizer.beta2": DECAY_RATE,
+    "optimizer.eps": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "schedule.name": one_of("constant", "cosine", "wsd"),
+    "schedule.warmup_steps": NOT_NEGATIVE,
+    "schedule.decay_fraction": FRACTION,
+    "schedule.final_fraction": FRACTION,
+    **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
+    **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
+    **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
+    "device.target": one_of("auto", "CPU", "GPU", "Ascend"),
+    "seed": between(0, 2**32 - 1),
+}
+GENERATE_RANGES = {
+    "length": POSITIVE,
+    "temperature": NOT_NEGATIVE,
+    "top_k": POSITIVE,
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "num_samples": POSITIVE,
+    "seed": between(0, 2**32 - 1),
+    "device.target": one_of("auto", "CPU", "GPU", "Ascend"),
+}
+
+
+def run_config(config):
+    """Turn what Hydra composed into a checked :class:`RunConfig`.
+
+    Raises:
+        UsageError: for an unknown key, a wrong type, a value out of range, values that do not go together.
+    """
+    run = typed(RunConfig, config)
+    check_ranges(run, RUN_RANGES)
+    model, train = run.model, run.train
+    if train.max_steps is None and train.max_minutes is None:
+        raise UsageError("expected train.max_steps or train.max_minutes, got null for both: the run would never end")
+    if train.seq_len % model.local_attn_window_size:
+        raise UsageError(
+            f"train.seq_len={train.seq_len} is not a multiple of model.local_attn_window_size="
+            f"{model.local_attn_window_size}: change one of them"
+        )
+    if model.use_rotary_pos_emb and model.dim_head % 2:
+        raise UsageError(
+            f"model.dim_head={model.dim_head} is odd, but rotary embeddings turn pairs of channels: "
+            "use an even one, or model.use_rotary_pos_emb=false"
+        )
+    if model.use_abs_pos_emb and model.max_seq_len < train.seq_len:
+        raise UsageError(
+            f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: "
+            "raise it, or use model.use_abs_pos_emb=false"
+        )
+    if run.data.source == "file" and not run.data.path:
+        raise UsageError("data=file needs the file: data.path=FILE")
+    return run
+
+
+def generate_config(config):
+    """Turn what Hydra composed into a checked :class:`GenerateConfig`; raises :class:`UsageError`."""
+    generate = typed(GenerateConfig, config)
+    check_ranges(generate, GENERATE_RANGES)
+    if not generate.run:
+        raise UsageError("expected the run to sample from: run=RUN_DIR, such as run=runs/quickstart/2026-01-31_10-00-00")
+    if generate.prompt and generate.prompt_file:
+        raise UsageError("expected one of prompt and prompt_file, got both")
+    return generate
+
+
+def typed(schema, config):
+    """An instance of the dataclass ``schema``, its values taken from ``config``, a mapping or an OmegaConf node."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the config"
+        expected = describe(type_at(schema, key))
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{key}: expected {expected}. {reason}" if expected else f"{key}: {reason}") from None
+
+
+def type_at(schema, key):
+    """The annotation of the dotted ``key`` in a tree of dataclasses; None where there is no such key."""
+    for part in key.split("."):
+        hints = typing.get_type_hints(schema) if is_dataclass(schema) else {}
+        schema = hints.get(part)
+    return schema
+
+
+def describe(annotation):
+    """``int | None`` as "an int or null"; nothing for what is no plain value."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    options = typing.get_args(annotation) or (annotation,)
+    return " or ".join(names[option] for option in options) if all(option in names for option in options) else ""
+
+
+def check_ranges(config, ranges):
+    """Raise :class:`UsageError` for the first value of ``config`` that its entry of ``ranges`` does not allow."""
+    for key, (allowed, expected) in ranges.items():
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is None:
+            continue
+        if (isinstance(value, float) and not math.isfinite(value)) or not allowed(value):
+            raise UsageError(f"{key}={value}: expected {expected}")
+
+
+def as_dict(config):
+    """A dataclass tree as plain dictionaries."""
+    return {f.name: as_dict(v) if is_dataclass(v := getattr(config, f.name)) else v for f in fields(config)}

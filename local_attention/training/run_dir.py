@@ -1,0 +1,118 @@
+"""Where a run writes, and what it goes on from."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from local_attention.training.checkpoint import Checkpoints, write_text
+from local_attention.training.config import as_dict
+from local_attention.training.errors import CheckpointError, UsageError
+
+# What a continued run must share with the run that wrote the checkpoint.
+FIXED = ("model.", "seed", "train.seq_len", "train.batch_size", "train.grad_accum_every", "optimizer.name", "data.fingerprint")
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run directory, and the checkpoint to go on from, if any."""
+
+    run_dir: Path
+    checkpoint: Path | None
+
+    @property
+    def checkpoints(self):
+        return self.run_dir / "checkpoints"
+
+
+def find_place(config, experiment):
+    """Decide from ``run_dir`` and ``resume`` of a ``RunConfig`` where the run writes and what it continues.
+
+    ``resume=auto`` continues the run in ``run_dir``, if there is one; ``resume=RUN_DIR`` that run, in place unless
+    ``run_dir`` names another directory; ``resume=CHECKPOINT`` begins a new run with the checkpoint's state.
+
+    Raises:
+        UsageError: where ``resume`` leads to nothing, or the run directory holds a run that would be overwritten.
+    """
+    new = Path("runs") / experiment / time.strftime("%Y-%m-%d_%H-%M-%S")
+    run_dir = Path(config.run_dir) if config.run_dir else None
+    if config.resume in (None, "auto"):
+        run_dir = run_dir or new
+        existing = Checkpoints(run_dir / "checkpoints").find("last")
+        if existing and config.resume is None:
+            raise UsageError(f"{run_dir} holds a run already: continue it with resume=auto, or name another run_dir")
+        return Place(run_dir, existing)
+    source = Path(config.resume)
+    if not source.exists():
+        raise UsageError(f"resume={source}: no such run directory or checkpoint")
+    if not source.is_dir():
+        return Place(run_dir or new, source)
+    return Place(run_dir or source, checkpoint_of(source, "last"))
+
+
+def checkpoint_of(run_dir, name):
+    """The checkpoint ``name`` (``best`` or ``last``) of a run, or the file ``name``.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    if name not in ("best", "last"):
+        return Path(name)
+    if not Path(run_dir).is_dir():
+        raise CheckpointError(f"{run_dir}: no such run directory")
+    path = Checkpoints(Path(run_dir) / "checkpoints").find(name)
+    if path is None:
+        raise CheckpointError(f"{run_dir} holds no checkpoint: was the run ended before the first one?")
+    return path
+
+
+def origin(config, corpus):
+    """What a checkpoint keeps of where it came from: the config, and which bytes."""
+    return {"config": as_dict(config), "data": {"name": corpus.name, "fingerprint": corpus.fingerprint}}
+
+
+def check_same_run(config, corpus, meta):
+    """Refuse to go on with other settings or bytes than the checkpoint's where that would not be the same run.
+
+    Args:
+        config: a ``RunConfig``.
+        corpus: the data of now.
+        meta: the checkpoint's metadata, with its :func:`origin`.
+
+    Raises:
+        UsageError: naming the setting and both values.
+    """
+    before, now = (flat({**o["config"], "data": o["data"]}) for o in (meta, origin(config, corpus)))
+    for key in sorted(set(before) | set(now)):
+        if key.startswith(FIXED) and before.get(key) != now.get(key):
+            raise UsageError(
+                f"cannot continue: {key} was {before.get(key)} in the run and is {now.get(key)} now; "
+                "give the old value, or begin a new run with another run_dir"
+            )
+
+
+def flat(tree, prefix=""):
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    result = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def create(run_dir, config):
+    """Make the directory, with ``config.yaml``: the whole config, enough to rebuild the model."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    write_text(Path(run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+
+
+def announce(place, model, train):
+    """Say how large the model is, what a step sees and where the run is."""
+    parameters = sum(parameter.size for parameter in model.trainable_params())
+    log.info(
+        f"{parameters:,} parameters; a step sees {train.grad_accum_every} x {train.batch_size} crops of {train.seq_len:,} "
+        f"bytes; {'continuing' if place.checkpoint else 'writing'} {place.run_dir}"
+    )

@@ -1,0 +1,58 @@
+"""Where a run stands."""
+
+import time
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class RunState:
+    """What a run needs to go on, and what its lines in ``metrics.jsonl`` begin with.
+
+    ``wall_s`` counts the seconds of training, evaluation and sampling, over all the sessions of a resumed run.
+    """
+
+    max_steps: int | None
+    max_minutes: float | None
+    step: int = 0
+    bytes_seen: int = 0
+    train_s: float = 0.0  # in steps alone
+    earlier_s: float = 0.0  # wall clock of earlier sessions
+    best_val_bpb: float | None = None
+    signal: int | None = None  # the signal that asked the run to end
+
+    def __post_init__(self):
+        self.started = time.monotonic()
+
+    @property
+    def wall_s(self):
+        return self.earlier_s + time.monotonic() - self.started
+
+    @property
+    def progress(self):
+        """How much of the run is over, 0 … 1: by steps or by minutes, whichever ends it first."""
+        by_steps = self.step / self.max_steps if self.max_steps else 0.0
+        by_time = self.wall_s / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return max(by_steps, by_time)
+
+    @property
+    def finished(self):
+        return self.progress >= 1
+
+    def seconds_left(self, seconds_a_step):
+        """An estimate; None where nothing is known yet."""
+        limits = []
+        if self.max_steps and seconds_a_step:
+            limits.append((self.max_steps - self.step) * seconds_a_step)
+        if self.max_minutes:
+            limits.append(60 * self.max_minutes - self.wall_s)
+        return max(0.0, min(limits)) if limits else None
+
+    def saved(self):
+        """What a checkpoint's sidecar keeps."""
+        kept = {"step", "bytes_seen", "train_s", "best_val_bpb"}
+        return {key: value for key, value in asdict(self).items() if key in kept} | {"wall_s": self.wall_s}
+
+    def load(self, meta):
+        """Go on from a checkpoint's sidecar."""
+        self.step, self.bytes_seen, self.best_val_bpb = meta["step"], meta["bytes_seen"], meta["best_val_bpb"]
+        self.train_s, self.earlier_s = meta["train_s"], meta["wall_s"]

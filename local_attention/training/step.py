@@ -1,0 +1,96 @@
+"""One optimizer step as one static graph: accumulate over micro-batches, clip, update."""
+
+import logging
+import time
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+log = logging.getLogger("train")
+
+
+class LanguageModelLoss(nn.Cell):
+    """Crops ``(b, n + 1)`` to the mean cross-entropy of their last ``n`` bytes, in nats."""
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, crops):
+        return self.model(crops, return_loss=True)
+
+
+class TrainStep(nn.TrainOneStepCell):
+    """Forward, backward, mean over micro-batches, clip by global norm, optimizer step.
+
+    The micro-batches run one after the other in a loop of the graph, so the memory is that of one of them (and of a
+    second set of gradients), and compiling takes as long as for one.
+
+    Args:
+        model: a ``LocalTransformer``.
+        optimizer: an ``nn.Optimizer`` whose learning rate is a Parameter, set by :meth:`set_learning_rate`.
+        grad_accum_every: micro-batches a step.
+        clip_norm: the gradient's global norm is scaled down to this where it is larger.
+    """
+
+    def __init__(self, model, optimizer, grad_accum_every, clip_norm):
+        super().__init__(LanguageModelLoss(model), optimizer)
+        self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
+        self.loss_and_gradients = ops.value_and_grad(self.network, None, self.weights)
+        if grad_accum_every > 1:
+            self.loss_sum = Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
+            self.gradient_sums = self.weights.clone("gradient_sum", init="zeros")
+
+    def set_learning_rate(self, learning_rate):
+        """The rate of the next steps."""
+        self.optimizer.learning_rate.set_data(Tensor(learning_rate, ms.float32))
+
+    def construct(self, crops):
+        """``crops: (grad_accum_every, b, n + 1)`` int32. Returns loss in nats, gradient norm before clipping, learning rate."""
+        if self.grad_accum_every == 1:
+            loss, gradients = self.loss_and_gradients(crops[0])
+        else:
+            loss, gradients = self.accumulate(crops)
+        gradients = self.grad_reducer(gradients)
+        norm = global_norm(gradients)
+        shrink = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6))
+        clipped = ()
+        for gradient in gradients:
+            clipped = clipped + (gradient * shrink,)
+        learning_rate = self.optimizer.learning_rate + 0.0
+        loss = ops.depend(loss, self.optimizer(clipped))
+        return loss, norm, learning_rate
+
+    def accumulate(self, crops):
+        """Mean loss and mean gradients over the micro-batches."""
+        ops.assign(self.loss_sum, ops.zeros_like(self.loss_sum))
+        for total in self.gradient_sums:
+            ops.assign(total, ops.zeros_like(total))
+        i = Tensor(0, ms.int32)
+        while i < self.grad_accum_every:
+            loss, gradients = self.loss_and_gradients(ops.gather(crops, i, 0))
+            ops.assign_add(self.loss_sum, loss)
+            for j in range(len(gradients)):
+                ops.assign_add(self.gradient_sums[j], gradients[j])
+            i = i + 1
+        share = 1 / self.grad_accum_every
+        means = ()
+        for total in self.gradient_sums:
+            means = means + (total * share,)
+        return self.loss_sum * share, means
+
+
+def global_norm(tensors):
+    """Square root of the sum of all squares."""
+    squares = ()
+    for tensor in tensors:
+        squares = squares + ((tensor * tensor).sum(),)
+    return ops.sqrt(ops.addn(squares))
+
+
+def compile_step(step, train):
+    """Compile a :class:`TrainStep` for the crops of a ``TrainConfig``, so that no step is timed with it."""
+    begin = time.monotonic()
+    step.set_train()
+    step.compile(Tensor(shape=(train.grad_accum_every, train.batch_size, train.seq_len + 1), dtype=ms.int32))
+    log.info(f"compiled the step in {time.monotonic() - begin:.1f} s")

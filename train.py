@@ -1,0 +1,86 @@
+"""Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
+
+from local_attention.training.command import command
+
+
+@command("train")
+def main(composed):
+    from local_attention.training.config import run_config
+
+    config = run_config(composed)  # every mistake in the config ends here, before the imports that take seconds
+
+    import mindspore as ms
+    from hydra.core.hydra_config import HydraConfig
+
+    import data
+    from local_attention.training import callbacks, checkpoint, closing, run_dir, run_log
+    from local_attention.training.build import build_model
+    from local_attention.training.crops import crop_dataset
+    from local_attention.training.device import use_device
+    from local_attention.training.evaluate import Evaluator
+    from local_attention.training.optimizer import build_optimizer
+    from local_attention.training.state import RunState
+    from local_attention.training.step import TrainStep, compile_step
+
+    hydra, train = HydraConfig.get(), config.train
+    run_log.log_to_screen()
+
+    # Where the run writes, what it continues, which bytes it sees.
+    place = run_dir.find_place(config, hydra.runtime.choices.get("experiment") or "default")
+    corpus = data.load(config.data)
+    corpus.require("train", "val", "test", crop_bytes=train.seq_len + 1)
+    sampler = data.CropSampler(corpus.train, train.seq_len + 1, config.seed)
+
+    # Model, optimizer and step; all three as they were, if the run continues one.
+    use_device(config.device.target)
+    ms.set_seed(config.seed)
+    model = build_model(config.model)
+    optimizer = build_optimizer(config.optimizer, model.trainable_params())
+    step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm)
+    state = RunState(train.max_steps, train.max_minutes)
+    if place.checkpoint:
+        tensors, meta = checkpoint.read(place.checkpoint)
+        run_dir.check_same_run(config, corpus, meta)
+        checkpoint.restore(tensors, model, optimizer)
+        state.load(meta)
+
+    # From here on the run directory is written.
+    run_dir.create(place.run_dir, config)
+    run_log.log_to_file(place.run_dir)
+    log = run_log.RunLog(place.run_dir, state.step)
+    saver = callbacks.Saver(place.checkpoints, train.keep_last, model, optimizer, state, run_dir.origin(config, corpus))
+    evaluator = Evaluator(model, train.seq_len, train.batch_size)
+    run_dir.announce(place, model, train)
+
+    # Train. The callbacks run in this order after each step.
+    advance = callbacks.Advance(state, step, config)
+    report = callbacks.Report(state, advance, log, train.log_every)
+    start, stop = corpus.bounds("val")
+    stretch = corpus.bytes, start, min(stop, start + train.eval_bytes)
+    prompt = corpus.val[: min(64, train.seq_len)]
+    events = [
+        advance,
+        report,
+        callbacks.Evaluate(state, train.eval_every, report, log, evaluator, stretch, saver),
+        callbacks.Sample(state, train.generate_every, log, model, prompt, train.generate_length, config.seed),
+        callbacks.SaveLast(state, train.checkpoint_every, saver),
+    ]
+    if not state.finished:
+        with callbacks.StopOnSignal(state):
+            dataset = crop_dataset(sampler, train, state.step)
+            compile_step(step, train)
+            ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
+    if state.signal:
+        return closing.interrupted(state, place.run_dir, hydra.overrides.task)
+
+    # Score the best weights on all of validation and test, and say what to do next.
+    best = checkpoint.Checkpoints(place.checkpoints).find("best")
+    checkpoint.restore(checkpoint.read(best)[0], model)
+    scores = {split: evaluator(corpus.bytes, *corpus.bounds(split)) for split in ("val", "test")}
+    closing.summarise(place.run_dir, state, scores, log)
+    closing.say_what_next(place.run_dir, hydra.overrides.task)
+    log.close()
+
+
+if __name__ == "__main__":
+    main()
