@@ -71,14 +71,14 @@ def main(composed):
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
     if state.signal:
-        return closing.interrupted(state, place.run_dir, hydra.overrides.task)
+        return closing.interrupted(place.run_dir, state, hydra.overrides.task)
 
     # Score the best weights on all of validation and test, and say what to do next.
     best = checkpoint.Checkpoints(place.checkpoints).find("best")
     checkpoint.restore(checkpoint.read(best)[0], model)
     scores = {split: evaluator(corpus.bytes, *corpus.bounds(split)) for split in ("val", "test")}
     closing.summarise(place.run_dir, state, scores, log)
-    closing.say_what_next(place.run_dir, hydra.overrides.task)
+    closing.say_what_next(place.run_dir, state, hydra.overrides.task)
     log.close()
 
 

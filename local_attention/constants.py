@@ -8,7 +8,7 @@ from mindspore.ops import constexpr
 
 
 def shared_constant(build):
-    """Turn ``build(*hashable) -> array or tuple of arrays`` into a function that gives tensors, also inside ``construct``.
+    """Turn ``build(*hashable) -> array or tuple of arrays`` into one that gives tensors, also inside ``construct``.
 
     The same arguments give the same tensor object, so all layers of a model share one copy of a large table.
     """

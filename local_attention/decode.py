@@ -6,14 +6,14 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.rotary import rotary_angles
 from local_attention.sampling import draw, next_token_probabilities
-from local_attention.windows import visible
+from local_attention.windows import hide, visible
 
 
 class DecodeStep(nn.Cell):
     """The logits after one more token, for a model with learned, rotary or no positions.
 
-    The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the window
-    alone; keys already rotated, by their absolute positions (scores depend on the difference).
+    The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
+    window alone; keys already rotated, by their absolute positions (scores depend on the difference).
     """
 
     def __init__(self, model, batch):
@@ -32,7 +32,8 @@ class DecodeStep(nn.Cell):
         )
         self.scale = self.d**-0.5 if attention.scale is None else attention.scale
         self.write = ops.ScatterUpdate()
-        self.matmul, self.matmul_nt, self.softmax = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.Softmax(-1)
+        self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+        self.softmax = ops.Softmax(-1)
 
     def construct(self, tokens, position, slots, hidden, cos, sin):
         """One step.
@@ -114,12 +115,11 @@ class Decoder:
         size, rows = self.step.size, self.step.rows
         held = self.position - (self.position - np.arange(size)) % size  # the newest position that falls to each slot
         seen = visible(self.position, held, length=self.position + 1, **dict(self.attention.rule))
-        hidden = np.where(seen, 0, np.finfo(np.float32).min / 2).astype(np.float32)
         angles = np.tile(rotary_angles([self.position], self.step.d), (rows, 1))
         return (
             np.array([self.position], np.int32),
             (np.arange(rows) * size + self.position % size).astype(np.int32),
-            hidden.reshape(1, 1, size),
+            hide(seen).reshape(1, 1, size),
             np.cos(angles).astype(np.float32),
             np.sin(angles).astype(np.float32),
         )
@@ -133,7 +133,8 @@ def generate_tokens(decoder, prompt, length, *, temperature=1.0, top_k=None, top
         prompt: ``(n,)`` integers, at least one.
         length: tokens to draw.
         temperature, top_k, top_p: see :func:`next_token_probabilities`.
-        seed: with the same seed, prompt and weights row ``i`` is the same, whatever the batch.
+        seed: a whole number from 0 to 2**32 - 1, or a tuple of them; with the same seed, prompt and weights row ``i``
+            is the same, whatever the batch.
 
     Yields:
         ``(b,)`` int32, ``length`` times, each as soon as it is drawn.
@@ -143,7 +144,7 @@ def generate_tokens(decoder, prompt, length, *, temperature=1.0, top_k=None, top
     """
     if len(prompt) == 0:
         raise ValueError("expected a prompt of at least one token, got none")
-    streams = [np.random.RandomState([seed, row]) for row in range(decoder.batch)]
+    streams = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(decoder.batch)]
     decoder.reset()
     for token in prompt:
         logits = decoder.feed(np.full(decoder.batch, token))

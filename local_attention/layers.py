@@ -1,8 +1,8 @@
 """LayerNorm, gated feed-forward and cross-entropy in forms that are fast and small on a CPU, gradients by hand.
 
-What these forms have in common: tensors that meet have the same shape. A broadcasting operator keeps 16 bytes of index table
-an output element for as long as the graph lives (3.3 GB for a row times 67 MB), and so does its derived gradient. Rows and
-columns are spread by a product with a vector of ones instead.
+What these forms have in common: tensors that meet have the same shape. A broadcasting operator keeps 16 bytes of index
+table an output element for as long as the graph lives (3.3 GB for a row times 67 MB), and so does its derived gradient.
+Rows and columns are spread by a product with a vector of ones instead.
 """
 
 import math
@@ -34,7 +34,7 @@ class AddBias(nn.Cell):
 
 
 class Standardise(nn.Cell):
-    """``(x - mean) / sqrt(variance + 1e-5)`` of each row: LayerNorm (Ba et al. 2016, arXiv 1607.06450) without its affine map."""
+    """``(x - mean) / sqrt(variance + 1e-5)`` of rows: LayerNorm (Ba et al. 2016, arXiv 1607.06450), no affine map."""
 
     def __init__(self, dim):
         super().__init__()
@@ -75,7 +75,7 @@ class LayerNorm(nn.Cell):
         self.add_bias = AddBias()
 
     def construct(self, x, weights):
-        """The products of the normalised ``x: (rows, dim)`` with each of ``weights``, a tuple of ``(d, dim)``: ``(rows, d)``."""
+        """Normalise ``x: (rows, dim)`` and multiply by each of ``weights``, all ``(d, dim)``, to ``(rows, d)``."""
         x = self.standardise(x)
         products = ()
         for weight in weights:
@@ -90,7 +90,7 @@ class LayerNorm(nn.Cell):
 
 
 class GEGLU(nn.Cell):
-    """``value * gelu(gate)`` with the exact GELU (Shazeer 2020, arXiv 2002.05202); 34 ms as ``ops.gelu``, a third of it so."""
+    """``value * gelu(gate)``, exact GELU (Shazeer 2020, arXiv 2002.05202); ``ops.gelu`` takes three times as long."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class FeedForward(nn.Cell):
 
 
 class CrossEntropy(nn.Cell):
-    """Cross-entropy of each row, in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
 
     def __init__(self):
         super().__init__()

@@ -15,7 +15,7 @@ def _check_shapes(q, k, v, window_size, autopad, dim):
     if dim is not None and q[-1] != dim:
         raise ValueError(f"expected a head size of dim = {dim}, got q of shape {q}")
     if q[-2] % window_size and not autopad:
-        raise ValueError(f"expected a length that is a multiple of the window {window_size}, got {q[-2]}: pad, or set autopad")
+        raise ValueError(f"expected a length that is a multiple of the window {window_size}, got {q[-2]}: set autopad")
 
 
 class LocalAttention(nn.Cell):
@@ -105,9 +105,7 @@ class LocalAttention(nn.Cell):
             q = q * scale
         groups = q.shape[0]
         bias = additive_mask(groups, length, self.block, self.before, self.after, self.rule)
-        out = self.attend(
-            self.blocks(q).reshape((-1, self.block, d)), self.surroundings(k), self.surroundings(v), bias
-        )
+        out = self.attend(self.blocks(q).reshape((-1, self.block, d)), self.surroundings(k), self.surroundings(v), bias)
         out = out.reshape((groups, -1, d))
         if length % self.block:
             out = out[:, :length]

@@ -18,14 +18,14 @@ def rotary_angles(positions, dim, theta=10000.0):
 
 @shared_constant
 def rotary_table(groups, length, dim, scale):
-    """``scale * cos`` and ``scale * sin`` of the angles of positions 0 … length - 1, each ``(groups * length, dim)``."""
+    """``scale`` times cosine and sine of the angles of positions 0 … length - 1, each ``(groups * length, dim)``."""
     angles = np.tile(rotary_angles(np.arange(length), dim), (groups, 1))
     return (scale * np.cos(angles)).astype(np.float32), (scale * np.sin(angles)).astype(np.float32)
 
 
 @shared_constant
 def half_rotation(dim):
-    """``(dim, dim)``: ``x @ half_rotation`` is ``[-x2, x1]`` for ``x = [x1, x2]``. As a product: 2.9 ms, as slices: 4.0 ms."""
+    """``(dim, dim)``: ``[x1, x2] @ half_rotation`` is ``[-x2, x1]``. As a product it takes 2.9 ms, as slices 4.0."""
     half = np.eye(dim // 2, dtype=np.float32)
     zero = np.zeros_like(half)
     return np.block([[zero, half], [-half, zero]])

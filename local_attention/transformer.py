@@ -144,9 +144,9 @@ class LocalTransformer(nn.Cell):
         )
         if num_tokens is not None:
             require_positive(num_tokens=num_tokens)
-            self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(1.0))
+            self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(0.02))
             if use_abs_pos_emb:
-                self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(1.0))
+                self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(0.02))
             self.norm = LayerNorm(dim)
             self.to_logits = dense(dim, num_tokens)
             self.cross_entropy = CrossEntropy()
@@ -159,7 +159,7 @@ class LocalTransformer(nn.Cell):
             return_loss: take ``(b, n + 1)`` tokens and return the mean cross-entropy of each token given those before.
 
         Returns:
-            ``(b, n, num_tokens)`` float32; with ``return_loss`` a scalar in nats; ``(b, n, dim)`` with ``num_tokens=None``.
+            ``(b, n, num_tokens)``; with ``return_loss`` a scalar in nats; with ``num_tokens=None`` ``(b, n, dim)``.
 
         Raises:
             ValueError: for more than ``max_seq_len`` tokens with learned absolute positions.
@@ -174,7 +174,7 @@ class LocalTransformer(nn.Cell):
         return self.logits(hidden).reshape(x.shape + (self.num_tokens,))
 
     def hidden(self, x):
-        """The last layer's output ``(b, n, dim)`` for tokens ``(b, n)`` (or, with ``num_tokens=None``, ``(b, n, dim)``)."""
+        """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""
         if self.num_tokens is not None:
             x = self.embed(x)
         for layer in self.layers:

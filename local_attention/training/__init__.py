@@ -1,1 +1,1 @@
-"""What a training run needs beside the model: step, schedules, evaluation, callbacks, checkpoints, the run directory."""
+"""What a training run needs beside the model: step, schedules, evaluation, callbacks, checkpoints, run directory."""

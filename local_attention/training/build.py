@@ -11,7 +11,7 @@ def build_model(config):
 
 
 def load_model(checkpoint):
-    """The model that a checkpoint holds, in evaluation mode, and the checkpoint's metadata; raises ``CheckpointError``."""
+    """The model of a checkpoint, in evaluation mode, and the checkpoint's metadata; raises ``CheckpointError``."""
     tensors, meta = read(checkpoint)
     model = build_model(typed(ModelConfig, meta["config"]["model"]))
     restore(tensors, model)

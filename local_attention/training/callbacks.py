@@ -1,4 +1,4 @@
-"""What happens around the steps of a run, as callbacks of ``Model.train``. They run in the order in which they are given."""
+"""What happens around the steps of a run: callbacks of ``Model.train``, called in the order given."""
 
 import logging
 import math
@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from local_attention.decode import Decoder, generate_tokens
 from local_attention.training.checkpoint import Checkpoints, tensors_of
-from local_attention.training.run_log import duration, printable
 from local_attention.training.schedule import learning_rate
+from local_attention.training.terminal import as_text, duration
 
 log = logging.getLogger("train")
 
@@ -105,10 +105,13 @@ class Report(Callback):
             grad_norm=self.advance.grad_norm,
             bytes_per_s=bytes_per_s,
         )
-        left = state.seconds_left(seconds)
-        parts = [f"train {bpb:.3f} bpb", f"val {self.val_bpb:.3f} bpb" if self.val_bpb else None]
-        parts += [f"{bytes_per_s:,.0f} bytes/s", f"{duration(left)} left" if left is not None and state.step > 1 else None]
-        text = "  ".join(part for part in parts if part)
+        parts = [f"train {bpb:.3f} bpb"]
+        if self.val_bpb:
+            parts.append(f"val {self.val_bpb:.3f} bpb")
+        parts.append(f"{bytes_per_s:,.0f} bytes/s")
+        if state.step > 1:
+            parts.append(f"{duration(state.seconds_left(seconds))} left")
+        text = "  ".join(parts)
         self.bar.set_postfix_str(text)
         log.log(logging.INFO if self.bar.disable else logging.DEBUG, f"step {state.step:>6,}  {text}")
 
@@ -139,9 +142,8 @@ class Evaluate(Every):
         self.report.val_bpb = score.bpb
         self.run_log.record("eval", self.state, split="val", bpb=score.bpb, bytes_scored=score.bytes_scored)
         best = self.state.best_val_bpb is None or score.bpb < self.state.best_val_bpb
-        log.info(
-            f"step {self.state.step:>6,}  val {score.bpb:.3f} bpb on {score.bytes_scored:,} bytes{', the best yet' if best else ''}"
-        )
+        remark = ", the best yet" if best else ""
+        log.info(f"step {self.state.step:>6,}  val {score.bpb:.3f} bpb on {score.bytes_scored:,} bytes{remark}")
         if best:
             self.state.best_val_bpb = score.bpb
             self.save(best=True)
@@ -173,8 +175,8 @@ class Sample(Every):
         self.last_step = self.state.step
         self.decoder = self.decoder or Decoder(self.model)
         tokens = generate_tokens(self.decoder, self.prompt, self.length, temperature=0.8, top_p=0.95, seed=self.seed)
-        text = printable([int(token) for (token,) in tokens])
-        self.run_log.record("sample", self.state, text=text, prompt=printable(self.prompt))
+        text = as_text([int(token) for (token,) in tokens])
+        self.run_log.record("sample", self.state, text=text, prompt=as_text(self.prompt))
         log.info(f"step {self.state.step:>6,}  sample:\n{indent(text)}")
 
     def on_train_end(self, run_context):

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, flushed, moved into place.
 
-A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``, the optimizer's state under ``optimizer.``) and a
-``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the newest and the best one. The sidecar is
-written after the tensors, and a checkpoint counts as there once its sidecar is.
+A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``, the optimizer's state under ``optimizer.``) and
+a ``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the newest and the best one. The sidecar
+is written after the tensors, and a checkpoint counts as there once its sidecar is.
 """
 
 import json
@@ -57,7 +57,7 @@ class Checkpoints:
         self.directory, self.keep_last = Path(directory), keep_last
 
     def save(self, tensors, meta, best=False):
-        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then point ``last`` (and ``best``) to them."""
+        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then lead ``last`` (and ``best``) to them."""
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step-{meta['step']:08d}.safetensors"
         write_atomically(path, lambda partial: save_file(tensors, partial))
@@ -148,6 +148,7 @@ def restore(tensors, model, optimizer=None):
         raise CheckpointError(f"the checkpoint {what} tensor {name}: it is of another model or optimizer")
     for name, parameter in wanted.items():
         if tuple(parameter.shape) != tensors[name].shape:
-            raise CheckpointError(f"{name} has shape {tensors[name].shape} in the checkpoint, expected {parameter.shape}")
+            shapes = f"shape {tensors[name].shape} in the checkpoint, expected {tuple(parameter.shape)}"
+            raise CheckpointError(f"{name} has {shapes}: it is of another model")
     for name, parameter in wanted.items():
         parameter.set_data(ms.Tensor(tensors[name]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
-from local_attention.training.run_log import duration
+from local_attention.training.terminal import duration
 
 log = logging.getLogger("train")
 
@@ -39,21 +39,25 @@ def summarise(run_dir, state, scores, run_log):
     )
 
 
-def say_what_next(run_dir, overrides):
-    """Three commands: sample, look at curves, continue."""
+def say_what_next(run_dir, state, overrides):
+    """Three commands: sample, look at curves, continue for twice as long."""
+    longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
+    longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
-    log.info(f"curves:    tensorboard --logdir {shlex.quote(str(Path(run_dir).parent))}")
-    log.info(f"continue:  {continue_command(run_dir, overrides)} train.max_steps=MORE")
+    log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
+    log.info(f"continue:  {continue_command(run_dir, overrides, longer)}")
 
 
-def interrupted(state, run_dir, overrides):
+def interrupted(run_dir, state, overrides):
     """Say where an interrupted run was saved; returns its exit status."""
     log.info(f"interrupted: saved step {state.step:,} in {Path(run_dir) / 'checkpoints'}")
     log.info(f"continue:  {continue_command(run_dir, overrides)}")
     return 128 + state.signal
 
 
-def continue_command(run_dir, overrides):
-    """The command line that goes on with a run: the one that began it, with its directory."""
-    kept = [override for override in overrides if override.split("=")[0] not in ("run_dir", "resume")]
-    return shlex.join(["python", "train.py", *kept, f"run_dir={run_dir}", "resume=auto"])
+def continue_command(run_dir, overrides, changes=()):
+    """The command line that goes on with a run: the one that began it, with its directory and ``changes``."""
+    changes = [f"run_dir={run_dir}", "resume=auto", *changes]
+    replaced = {change.split("=")[0] for change in changes}
+    kept = [override for override in overrides if override.split("=")[0] not in replaced]
+    return shlex.join(["python", "train.py", *kept, *changes])

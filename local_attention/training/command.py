@@ -29,7 +29,7 @@ def command(config_name):
 
         @wraps(task)
         def main():
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors to here instead of printing several lines
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here instead of being printed in several lines
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
             try:
                 run()
@@ -66,5 +66,6 @@ def explain(error):
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: expected one of {', '.join(sorted(error.options))}"
     lines = [line.strip() for text in (error, error.__cause__) if text for line in str(text).splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See https", "reference_type="))]
+    noise = ("full_key:", "object_type=", "reference_type=", "See https")
+    lines = [line for line in lines if line and not line.startswith(noise)]
     return " ".join(dict.fromkeys(lines))

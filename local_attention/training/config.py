@@ -205,7 +205,7 @@ def generate_config(config):
     generate = typed(GenerateConfig, config)
     check_ranges(generate, GENERATE_RANGES)
     if not generate.run:
-        raise UsageError("expected the run to sample from: run=RUN_DIR, such as run=runs/quickstart/2026-01-31_10-00-00")
+        raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
     if generate.prompt and generate.prompt_file:
         raise UsageError("expected one of prompt and prompt_file, got both")
     return generate

@@ -1,6 +1,6 @@
 """Errors for the person at the keyboard: their text is one line that says what was expected, what came, what to do.
 
-Any exception with an ``exit_status`` is one: ``training.command`` prints it without a traceback and exits with that status.
+Any exception with an ``exit_status`` is one: ``training.command`` prints it without a traceback, and exits so.
 """
 
 

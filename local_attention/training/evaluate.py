@@ -28,7 +28,7 @@ class Score:
 
 
 def windows(first, stop, seq_len, stride):
-    """``(start, first scored, stop)`` of each window's labels, so that every one of ``first … stop - 1`` is scored once.
+    """``(start, first scored, stop)`` of each window's labels, so that each of ``first … stop - 1`` is scored once.
 
     The first window scores all its ``seq_len`` labels, each further one its last ``stride``; ``stride = seq_len`` gives
     disjoint windows, a smaller one gives every label at least ``seq_len - stride`` bytes of context.
@@ -72,7 +72,8 @@ class Evaluator:
         """
         stride = stride or self.seq_len
         if stop <= start or not 1 <= stride <= self.seq_len:
-            raise ValueError(f"expected start < stop and 1 <= stride <= {self.seq_len}, got {start}, {stop} and {stride}")
+            expected = f"expected start < stop and a stride of 1 … {self.seq_len}"
+            raise ValueError(f"{expected}, got {start}, {stop} and {stride}")
         before = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
         span = np.concatenate([before, data[start:stop]]).astype(np.int32)
         todo = list(windows(0, stop - start, self.seq_len, stride))

@@ -12,7 +12,8 @@ from local_attention.training.config import as_dict
 from local_attention.training.errors import CheckpointError, UsageError
 
 # What a continued run must share with the run that wrote the checkpoint.
-FIXED = ("model.", "seed", "train.seq_len", "train.batch_size", "train.grad_accum_every", "optimizer.name", "data.fingerprint")
+FIXED = ("model.", "seed", "data.fingerprint", "optimizer.name")
+FIXED += ("train.seq_len", "train.batch_size", "train.grad_accum_every")
 
 log = logging.getLogger("train")
 
@@ -113,6 +114,6 @@ def announce(place, model, train):
     """Say how large the model is, what a step sees and where the run is."""
     parameters = sum(parameter.size for parameter in model.trainable_params())
     log.info(
-        f"{parameters:,} parameters; a step sees {train.grad_accum_every} x {train.batch_size} crops of {train.seq_len:,} "
-        f"bytes; {'continuing' if place.checkpoint else 'writing'} {place.run_dir}"
+        f"{parameters:,} parameters; {train.grad_accum_every} x {train.batch_size} crops of {train.seq_len:,} bytes "
+        f"a step; {'continuing' if place.checkpoint else 'writing'} {place.run_dir}"
     )

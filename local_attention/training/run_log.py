@@ -27,12 +27,12 @@ class RunLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         if self.path.exists():
             write_text(self.path, "".join(line + "\n" for line in self.complete_lines(step)))
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1 if step else None)
 
     def complete_lines(self, step):
         """The lines that are whole and not later than ``step``."""
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 if json.loads(line)["step"] <= step:
                     yield line
@@ -48,7 +48,7 @@ class RunLog:
             values: what was measured; those of "eval" have ``split``.
         """
         common = {"kind": kind, "step": state.step, "bytes_seen": state.bytes_seen, "wall_s": round(state.wall_s, 3)}
-        self.file.write(json.dumps(common | values, ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(common | values) + "\n")
         self.file.flush()
         group = values.get("split", kind)
         for name, value in values.items():
@@ -87,16 +87,3 @@ def log_to_file(run_dir):
     _kept.flush()
     for logger in map(logging.getLogger, LOGGERS):
         logger.handlers = [logger.handlers[0], file]
-
-
-def duration(seconds):
-    """``75 -> "1:15"``, ``3700 -> "1:01:40"``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def printable(data):
-    """Bytes as text for a terminal: invalid UTF-8 and control characters as replacement characters."""
-    text = bytes(data).decode("utf-8", errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

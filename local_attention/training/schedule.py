@@ -8,12 +8,12 @@ def constant(progress, config):
 
 
 def cosine(progress, config):
-    """Half a cosine from 1 down to ``final_fraction`` (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts)."""
+    """Half a cosine from 1 to ``final_fraction`` (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts)."""
     return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def wsd(progress, config):
-    """Warmup, stable, decay (Hu et al. 2024, arXiv 2404.06395): 1, then a line to ``final_fraction`` in the last ``decay_fraction``."""
+    """1, then in the last ``decay_fraction`` a line to ``final_fraction`` (Hu et al. 2024, arXiv 2404.06395)."""
     left = (1 - progress) / config.decay_fraction if config.decay_fraction else 1.0
     return config.final_fraction + (1 - config.final_fraction) * min(1.0, left)
 

@@ -39,13 +39,13 @@ class RunState:
         return self.progress >= 1
 
     def seconds_left(self, seconds_a_step):
-        """An estimate; None where nothing is known yet."""
+        """An estimate."""
         limits = []
-        if self.max_steps and seconds_a_step:
+        if self.max_steps:
             limits.append((self.max_steps - self.step) * seconds_a_step)
         if self.max_minutes:
             limits.append(60 * self.max_minutes - self.wall_s)
-        return max(0.0, min(limits)) if limits else None
+        return max(0.0, min(limits))
 
     def saved(self):
         """What a checkpoint's sidecar keeps."""

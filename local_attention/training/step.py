@@ -46,7 +46,7 @@ class TrainStep(nn.TrainOneStepCell):
         self.optimizer.learning_rate.set_data(Tensor(learning_rate, ms.float32))
 
     def construct(self, crops):
-        """``crops: (grad_accum_every, b, n + 1)`` int32. Returns loss in nats, gradient norm before clipping, learning rate."""
+        """``crops: (grad_accum_every, b, n + 1)`` int32. Returns loss in nats, unclipped norm, learning rate."""
         if self.grad_accum_every == 1:
             loss, gradients = self.loss_and_gradients(crops[0])
         else:
