@@ -1,12 +1,11 @@
 """Sample text from a trained run: ``python generate.py run=RUN_DIR prompt="== History =="``; README.md shows how."""
 
 from local_attention.training.command import command
+from local_attention.training.config import GenerateConfig, generate_config
 
 
-@command("generate")
+@command("generate", GenerateConfig, text=("run", "checkpoint", "prompt", "prompt_file"))
 def main(composed):
-    from local_attention.training.config import generate_config
-
     config = generate_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 
     import sys

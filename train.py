@@ -1,12 +1,11 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
 from local_attention.training.command import command
+from local_attention.training.config import RunConfig, run_config
 
 
-@command("train")
+@command("train", RunConfig, text=("data.path", "data.dir", "run_dir", "resume"))
 def main(composed):
-    from local_attention.training.config import run_config
-
     config = run_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 
     import mindspore as ms

@@ -111,8 +111,8 @@ def read(path):
     try:
         meta = json.loads(sidecar(path).read_text())
         tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no such checkpoint: {error.filename or path}") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint, or one without its {sidecar(path).name}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
     if meta.get("format") != FORMAT:

@@ -4,19 +4,25 @@ Status 0: done; 1: failure; 2: usage; 130 and 143: ended by SIGINT and SIGTERM.
 """
 
 import os
+import re
 import sys
 from functools import wraps
 from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from local_attention.training.config import unknown_key
 
 
-def command(config_name):
+def command(config_name, schema, text=()):
     """Decorate ``task(config)``, which returns None or an exit status, so that calling it runs the command line.
 
-    Tasks are called with what Hydra composed from ``configs/{config_name}.yaml`` beside the program.
+    Args:
+        config_name: the task is called with what Hydra composes from ``configs/{config_name}.yaml`` beside the program.
+        schema: the dataclass of that config; its keys are what a mistyped one is compared with.
+        text: keys whose values are taken as they are, whatever signs of Hydra's grammar they hold.
     """
 
     def decorate(task):
@@ -31,14 +37,27 @@ def command(config_name):
         def main():
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here instead of being printed in several lines
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
+            sys.argv[1:] = [quoted(argument, text) for argument in sys.argv[1:]]
             try:
                 run()
             except (HydraException, OmegaConfBaseException) as error:
-                sys.exit(fail(explain(error), 2))
+                sys.exit(fail(explain(error, schema), 2))
 
         return main
 
     return decorate
+
+
+def quoted(argument, text):
+    """``prompt=a, b`` as ``prompt='a, b'``, for the keys in ``text``; ``null`` and what is in quotes stay as they are.
+
+    Hydra and OmegaConf take a backslash as an escape only where one or several come before a quote or a ``${``.
+    """
+    key, _, value = argument.partition("=")
+    if key not in text or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return argument
+    special = re.compile(r"(\\*)('|\$\{|\Z)")
+    return f"{key}='{special.sub(lambda m: 2 * m[1] + (chr(92) + m[2] if m[2] else ''), value)}'"
 
 
 def status_of(task, config):
@@ -48,7 +67,8 @@ def status_of(task, config):
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except OSError as error:
-        return fail(error, 1)
+        named_by_a_person = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2 if named_by_a_person else 1)
     except Exception as error:
         if not hasattr(error, "exit_status"):
             raise
@@ -60,12 +80,12 @@ def fail(error, status):
     return status
 
 
-def explain(error):
+def explain(error, schema):
     """One line for an error of Hydra's or OmegaConf's, whose texts have several."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: expected one of {', '.join(sorted(error.options))}"
-    lines = [line.strip() for text in (error, error.__cause__) if text for line in str(text).splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=", "See https")
-    lines = [line for line in lines if line and not line.startswith(noise)]
-    return " ".join(dict.fromkeys(lines))
+    if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
+        return unknown_key(error.__cause__.full_key, schema)
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith("See https"))

@@ -1,11 +1,12 @@
 """The typed configuration of a run, and all its checks, before anything is compiled."""
 
+import difflib
 import math
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from local_attention.training.errors import UsageError
 
@@ -215,11 +216,28 @@ def typed(schema, config):
     """An instance of the dataclass ``schema``, its values taken from ``config``, a mapping or an OmegaConf node."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        raise UsageError(unknown_key(error.full_key, schema)) from None
     except OmegaConfBaseException as error:
         key = error.full_key or "the config"
         expected = describe(type_at(schema, key))
         reason = str(error).splitlines()[0]
         raise UsageError(f"{key}: expected {expected}. {reason}" if expected else f"{key}: {reason}") from None
+
+
+def unknown_key(key, schema):
+    """What to say of a ``key`` that the dataclass ``schema`` does not have."""
+    known = keys_of(schema)
+    similar = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    return f"{key}: no such key" + (f"; did you mean {similar[0]}?" if similar else "; --help lists them")
+
+
+def keys_of(schema, prefix=""):
+    """The dotted keys of a tree of dataclasses."""
+    keys = []
+    for name, annotation in typing.get_type_hints(schema).items():
+        keys += keys_of(annotation, f"{prefix}{name}.") if is_dataclass(annotation) else [prefix + name]
+    return keys
 
 
 def type_at(schema, key):
