@@ -12,7 +12,7 @@ def main(composed):
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.training import callbacks, checkpoint, closing, run_dir, run_log
+    from local_attention.training import callbacks, checkpoint, closing, run_dir, run_log, signals
     from local_attention.training.build import build_model
     from local_attention.training.crops import crop_dataset
     from local_attention.training.device import use_device
@@ -65,7 +65,7 @@ def main(composed):
         callbacks.SaveLast(state, train.checkpoint_every, saver),
     ]
     if not state.finished:
-        with callbacks.StopOnSignal(state):
+        with signals.StopOnSignal(state):
             dataset = crop_dataset(sampler, train, state.step)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import sys
 import time
 
@@ -217,28 +216,6 @@ class Saver:
             return
         self.saved_step = self.state.step
         self.checkpoints.save(tensors_of(self.model, self.optimizer), {**self.state.saved(), **self.origin}, best)
-
-
-class StopOnSignal:
-    """While it is entered, SIGINT and SIGTERM end the run after the step at hand; a second one ends it at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, state):
-        self.state = state
-
-    def __enter__(self):
-        self.previous = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        self.state.signal = number
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
-        log.info("stopping after this step; once more to stop at once, without saving")
 
 
 def indent(text):

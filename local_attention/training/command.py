@@ -1,10 +1,11 @@
 """A Hydra entry point with the exit statuses and one-line errors that a person expects.
 
-Status 0: done; 1: failure; 2: usage; 130 and 143: ended by SIGINT and SIGTERM.
+Status 0: done; 1: failure; 2: usage; 130, 141 and 143: ended by Ctrl-C, a closed pipe, SIGTERM.
 """
 
 import os
 import re
+import signal
 import sys
 from functools import wraps
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from local_attention.training.config import unknown_key
+from local_attention.training.signals import deliver_to_python
 
 
 def command(config_name, schema, text=()):
@@ -37,6 +39,7 @@ def command(config_name, schema, text=()):
         def main():
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here instead of being printed in several lines
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
+            deliver_to_python()
             sys.argv[1:] = [quoted(argument, text) for argument in sys.argv[1:]]
             try:
                 run()
@@ -66,6 +69,9 @@ def status_of(task, config):
         return task(config)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except BrokenPipeError:  # the reader has what it wanted, as in "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 128 + signal.SIGPIPE
     except OSError as error:
         named_by_a_person = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2 if named_by_a_person else 1)

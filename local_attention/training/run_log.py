@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from contextlib import suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -64,11 +65,12 @@ class RunLog:
 
 
 class TqdmHandler(logging.Handler):
-    """Writes lines to standard output without tearing a progress bar."""
+    """Writes lines to standard output without tearing a progress bar; a closed one does not end the run."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def log_to_screen():

@@ -112,7 +112,7 @@ def test_a_silence_that_ends_costs_no_byte(mirror, impatience, target, content):
 def test_a_server_that_trickles_is_given_up(mirror, patience, target, content):
     url = mirror.serve("/trickle", content, trickle=0.01)
     start = monotonic()
-    with pytest.raises(DownloadError, match="too slow: .* bytes in"):
+    with pytest.raises(DownloadError, match=r"too slow: .* bytes in"):
         fetch(url, target, patience)
     assert monotonic() - start < 5
     assert len(mirror.requests) == 1

@@ -290,4 +290,4 @@ def test_a_system_without_locks_still_downloads(get, mirror, archive, content, m
 
 
 def test_what_is_expected_is_the_published_enwik8():
-    assert ENWIK8 == Expected("enwik8", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8")
+    assert Expected("enwik8", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8") == ENWIK8

@@ -1,0 +1,65 @@
+import signal
+
+
+def test_the_sampled_bytes_and_nothing_else_go_to_standard_output(finished_run, commands):
+    result = commands.run("generate.py", "run=runs/whole", "prompt=def ", "length=50", "temperature=1")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == 50
+    assert "bytes/s" in result.stderr
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(finished_run, commands):
+    arguments = ["run=runs/whole", "prompt=== a, b: {c} ==", "length=40", "temperature=1"]
+    first, again, other = (commands.run("generate.py", *arguments, f"seed={seed}").stdout for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_first_of_several_samples_is_the_only_one_of_one(finished_run, commands):
+    one, three = (
+        commands.run("generate.py", "run=runs/whole", "length=30", "temperature=1", f"num_samples={n}").stdout
+        for n in (1, 3)
+    )
+    assert len(three) == 90
+    assert three[:30] == one
+    assert len({three[:30], three[30:60], three[60:]}) == 3
+
+
+def test_a_prompt_file_counts_like_the_same_prompt(finished_run, commands):
+    (commands.folder / "runs/prompt").write_bytes(b"class A:")
+    by_file = commands.run("generate.py", "run=runs/whole", "prompt_file=runs/prompt", "length=30", "temperature=1")
+    by_text = commands.run("generate.py", "run=runs/whole", "prompt=class A:", "length=30", "temperature=1")
+    assert by_file.stdout == by_text.stdout
+
+
+def test_temperature_zero_and_top_k_one_give_the_likeliest_bytes(finished_run, commands):
+    greedy = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=0", "seed=1").stdout
+    top_1 = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_k=1", "seed=2").stdout
+    narrow = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_p=1e-9").stdout
+    assert greedy == top_1 == narrow
+
+
+def test_the_last_and_the_best_checkpoint_can_be_named_and_any_by_path(finished_run, commands):
+    path = "runs/whole/checkpoints/step-00000012.safetensors"
+    last, by_path = (
+        commands.run("generate.py", "run=runs/whole", f"checkpoint={name}", "length=20", "temperature=1").stdout
+        for name in ("last", path)
+    )
+    assert last == by_path
+
+
+def test_ctrl_c_ends_sampling_with_status_130(finished_run, commands):
+    process = commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1")
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
+def test_a_closed_pipe_ends_sampling_quietly(finished_run, commands):
+    process = commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1")
+    assert process.stdout.read(10)
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.wait(timeout=60)
+    assert process.returncode == 141
+    assert "Traceback" not in err and "error" not in err

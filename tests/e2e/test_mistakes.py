@@ -1,0 +1,61 @@
+"""Each mistake: one line on standard error that says what was expected, status 2, before anything is compiled."""
+
+import pytest
+
+
+def one_line_error(result, status=2):
+    assert result.returncode == status, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.max_stepz=3"], "did you mean train.max_steps?"),
+        (["+surprise=3"], "surprise: no such key"),
+        (["train.max_steps=many"], "train.max_steps: expected a whole number"),
+        (["train.max_steps=0"], "train.max_steps=0: expected a number above 0"),
+        (["model.heads=0"], "model.heads=0: expected a number above 0"),
+        (["model.dim_head=15"], "model.dim_head=15 is odd"),
+        (["model.local_attn_window_size=24"], "train.seq_len=32 is not a multiple of model.local_attn_window_size=24"),
+        (["data.path=missing.txt"], "missing.txt does not exist"),
+        (["data.path=empty.txt"], "empty.txt is empty"),
+        (["train.seq_len=4096"], "4097"),
+        (["model=huge"], "model=huge: expected one of base, small, tiny"),
+        (["max_steps"], "max_steps"),
+        (["device.target=TPU"], "device.target=TPU: expected one of auto, CPU, GPU, Ascend"),
+        (["resume=nowhere"], "resume=nowhere: no such run directory or checkpoint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_in_training_is_one_line_and_status_2(commands, overrides, expected):
+    (commands.folder / "empty.txt").touch()
+    try:
+        assert expected in one_line_error(commands.train("runs/mistaken", *overrides))
+        assert not (commands.folder / "runs/mistaken").exists()
+    finally:
+        (commands.folder / "empty.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "expected the run to sample from"),
+        (["run=nowhere"], "nowhere: no such run directory"),
+        (["run=nowhere", "temperature=-1"], "temperature=-1.0: expected 0 or more"),
+        (["run=nowhere", "legth=3"], "did you mean length?"),
+        (["run=nowhere", "prompt=a", "prompt_file=b"], "expected one of prompt and prompt_file"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else "",
+)
+def test_a_mistake_in_sampling_is_one_line_and_status_2(commands, overrides, expected):
+    assert expected in one_line_error(commands.run("generate.py", *overrides))
+
+
+def test_without_enwik8_and_network_the_error_names_the_ways_out(commands):
+    result = commands.run("train.py", f"data.dir={commands.folder / 'runs'}")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert all(way in last for way in ("enwik8.zip", "data=stdlib", "data=file data.path="))

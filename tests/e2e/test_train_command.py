@@ -1,0 +1,161 @@
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+
+def records(run_dir, kind):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_run_leaves_the_directory_that_the_design_promises(finished_run):
+    run_dir, _ = finished_run
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "train.log"}
+    checkpoints = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert {"last", "best", "step-00000012.safetensors", "step-00000012.json"} <= checkpoints
+    assert not [name for name in checkpoints if "partial" in name]
+
+
+def test_a_run_leaves_nothing_else_in_the_working_directory(finished_run, commands):
+    assert {path.name for path in commands.folder.iterdir()} <= {"runs", commands.text.name}
+
+
+def test_every_step_is_recorded_with_what_it_measured(finished_run):
+    run_dir, _ = finished_run
+    train = records(run_dir, "train")
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert [line["bytes_seen"] for line in train] == [step * 2 * 4 * 32 for step in range(1, 13)]
+    for line in train:
+        assert all(np.isfinite(line[key]) for key in ("bpb", "lr", "grad_norm", "bytes_per_s", "wall_s"))
+    assert train[-1]["bpb"] < train[0]["bpb"]
+    assert [line["lr"] for line in train[:3]] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3], rel=0.1)
+
+
+def test_evaluations_and_samples_come_at_their_intervals_and_at_the_end(finished_run):
+    run_dir, _ = finished_run
+    during = [line for line in records(run_dir, "eval") if not line.get("whole_split")]
+    assert [(line["step"], line["split"], line["bytes_scored"]) for line in during] == [
+        (4, "val", 500),
+        (8, "val", 500),
+        (12, "val", 500),
+    ]
+    assert [line["step"] for line in records(run_dir, "sample")] == [6, 12]
+    assert all(line["text"] for line in records(run_dir, "sample"))
+
+
+def test_the_summary_scores_the_whole_validation_and_test_splits(finished_run, commands):
+    run_dir, result = finished_run
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert set(summary) == {
+        "steps",
+        "bytes_seen",
+        "val_bpb",
+        "test_bpb",
+        "bytes_per_s",
+        "peak_memory_bytes",
+        "wall_s",
+    }
+    assert summary["steps"] == 12 and 0 < summary["test_bpb"] < 8.1
+    size = commands.text.stat().st_size
+    whole = {line["split"]: line["bytes_scored"] for line in records(run_dir, "eval") if line.get("whole_split")}
+    assert whole == {"val": size * 95 // 100 - size * 90 // 100, "test": size - size * 95 // 100}
+    assert f"test: {summary['test_bpb']:.4f} bpb" in result.stdout.decode()
+
+
+def test_the_end_says_how_to_sample_look_and_continue(finished_run):
+    _, result = finished_run
+    last = result.stdout.decode().splitlines()[-3:]
+    assert [line.split(":")[0] for line in last] == ["sample", "curves", "continue"]
+    assert "generate.py run=runs/whole" in last[0]
+    assert "tensorboard --logdir runs/whole" in last[1]
+    assert "resume=auto" in last[2] and "train.max_steps=24" in last[2]
+
+
+def test_nothing_is_printed_to_standard_error(finished_run):
+    _, result = finished_run
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_and_continued_run_ends_with_the_weights_of_the_uninterrupted(
+    finished_run, commands, number, status
+):
+    whole, _ = finished_run
+    name = f"runs/interrupted-{status}"
+    returned, printed, err = commands.train_until("step      7", number, name)
+    assert returned == status, err
+    assert f"in {name}/checkpoints" in printed and "resume=auto" in printed
+    assert commands.train(name).returncode == 0
+    run_dir = commands.folder / name
+    ours, expected = (load_file(path / "checkpoints/step-00000012.safetensors") for path in (run_dir, whole))
+    assert ours.keys() == expected.keys()
+    for tensor in expected:
+        np.testing.assert_array_equal(ours[tensor], expected[tensor], err_msg=tensor)
+    steps = [line["step"] for line in records(run_dir, "train")]
+    assert steps == list(range(1, 13))
+    assert [line["bpb"] for line in records(run_dir, "train")] == [line["bpb"] for line in records(whole, "train")]
+
+
+def test_a_run_is_not_overwritten(finished_run, commands):
+    result = commands.train("runs/whole", "resume=null")
+    assert result.returncode == 2
+    assert "runs/whole holds a run already" in result.stderr
+
+
+def test_continuing_with_another_model_is_refused_with_both_values(finished_run, commands):
+    result = commands.train("runs/whole", "model.depth=3")
+    assert result.returncode == 2
+    assert "model.depth was 2 in the run and is 3 now" in result.stderr
+
+
+def test_tensorboard_lists_the_scalars_and_the_samples(finished_run):
+    run_dir, _ = finished_run
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", run_dir, "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        scalars = ask(f"http://127.0.0.1:{port}/data/plugin/scalars/tags")
+        assert set(next(iter(scalars.values()))) >= {
+            "train/bpb",
+            "train/lr",
+            "train/grad_norm",
+            "train/bytes_per_s",
+            "val/bpb",
+            "test/bpb",
+        }
+        texts = ask(f"http://127.0.0.1:{port}/data/plugin/text/tags")
+        assert any("sample" in tag for tag in next(iter(texts.values())))
+        run = next(iter(scalars))
+        points = ask(f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?run={run}&tag=train%2Fbpb")
+        assert [step for _, step, _ in points] == list(range(1, 13))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def ask(url):
+    """The JSON at ``url``, as soon as the server has it."""
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                found = json.load(answer)
+            if found:
+                return found
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"no answer from {url}")
