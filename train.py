@@ -75,8 +75,8 @@ def main(composed):
     # Score the best weights on all of validation and test, and say what to do next.
     best = checkpoint.Checkpoints(place.checkpoints).find("best")
     checkpoint.restore(checkpoint.read(best)[0], model)
-    scores = {split: evaluator(corpus.bytes, *corpus.bounds(split)) for split in ("val", "test")}
-    closing.summarise(place.run_dir, state, scores, log)
+    scores = closing.score_splits(evaluator, corpus, state, log)
+    closing.summarise(place.run_dir, state, scores)
     closing.say_what_next(place.run_dir, state, hydra.overrides.task)
     log.close()
 

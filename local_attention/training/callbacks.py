@@ -81,7 +81,7 @@ class Report(Callback):
             total=state.max_steps,
             initial=state.step,
             disable=not sys.stderr.isatty(),
-            bar_format="{bar:20} step {n_fmt}/{total_fmt}{postfix}" if state.max_steps else "step {n_fmt}{postfix}",
+            bar_format="{bar:20} step {n_fmt}/{total_fmt}  {desc}" if state.max_steps else "step {n_fmt}  {desc}",
         )
 
     def on_train_step_end(self, run_context):
@@ -111,7 +111,7 @@ class Report(Callback):
         if state.step > 1:
             parts.append(f"{duration(state.seconds_left(seconds))} left")
         text = "  ".join(parts)
-        self.bar.set_postfix_str(text)
+        self.bar.set_description_str(text)
         log.log(logging.INFO if self.bar.disable else logging.DEBUG, f"step {state.step:>6,}  {text}")
 
     def on_train_end(self, run_context):

@@ -3,7 +3,11 @@
 import json
 import logging
 import shlex
+import sys
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
@@ -12,18 +16,31 @@ from local_attention.training.terminal import duration
 log = logging.getLogger("train")
 
 
-def summarise(run_dir, state, scores, run_log):
-    """Write ``summary.json`` and record the scores of whole splits.
+def score_splits(evaluator, corpus, state, run_log):
+    """Score all of validation and test, and record the scores.
 
     Args:
-        run_dir: the run directory.
+        evaluator: an ``Evaluator`` of the best weights.
+        corpus: a ``Corpus``.
         state: the ``RunState`` at the end.
-        scores: split name to ``Score``.
         run_log: a ``RunLog``.
+
+    Returns:
+        Split name to ``Score``.
     """
-    for split, score in scores.items():
+    scores = {}
+    for split in ("val", "test"):
+        start, stop = corpus.bounds(split)
+        log.info(f"scoring all {stop - start:,} bytes of {split} with the best weights")
+        bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
+        score = scores[split] = evaluator(corpus.bytes, start, stop, progress=bar)
         run_log.record("eval", state, split=split, bpb=score.bpb, bytes_scored=score.bytes_scored, whole_split=True)
-        log.info(f"{split}: {score.bpb:.4f} bpb on all {score.bytes_scored:,} bytes, with the best weights")
+        log.info(f"{split}: {score.bpb:.4f} bpb")
+    return scores
+
+
+def summarise(run_dir, state, scores):
+    """Write ``summary.json``; ``scores`` as from :func:`score_splits`."""
     summary = {
         "steps": state.step,
         "bytes_seen": state.bytes_seen,

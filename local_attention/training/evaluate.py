@@ -53,7 +53,7 @@ class Evaluator:
         self.model, self.seq_len, self.batch_size = model, seq_len, batch_size
         self.token_losses = TokenLosses(model)
 
-    def __call__(self, data, start, stop, stride=None):
+    def __call__(self, data, start, stop, stride=None, progress=iter):
         """Score ``data[start:stop]``.
 
         The first byte is predicted from the byte before it, so that it counts, too; at the beginning of the data from
@@ -63,6 +63,7 @@ class Evaluator:
             data: ``(bytes,)`` uint8.
             start, stop: the stretch.
             stride: bytes from one window to the next, 1 … seq_len; ``seq_len`` unless given.
+            progress: wraps the list of batches, as ``tqdm`` does.
 
         Returns:
             A :class:`Score`, its sum taken in float64.
@@ -77,11 +78,12 @@ class Evaluator:
         before = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
         span = np.concatenate([before, data[start:stop]]).astype(np.int32)
         todo = list(windows(0, stop - start, self.seq_len, stride))
+        batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
         nats, scored = 0.0, 0
         was_training = self.model.training
         self.model.set_train(False)
-        for i in range(0, len(todo), self.batch_size):
-            batch_nats, batch_scored = self.score_batch(span, todo[i : i + self.batch_size])
+        for batch in progress(batches):
+            batch_nats, batch_scored = self.score_batch(span, batch)
             nats, scored = nats + batch_nats, scored + batch_scored
         self.model.set_train(was_training)
         return Score(nats / scored / math.log(2), scored)

@@ -10,7 +10,7 @@ def is_decayed(parameter):
 
 
 class Adam(nn.Optimizer):
-    """Adam (Kingma & Ba 2015, arXiv 1412.6980), with decoupled weight decay AdamW (Loshchilov & Hutter 2019, 1711.05101).
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980); with weight decay AdamW (Loshchilov & Hutter 2019, 1711.05101).
 
     As PyTorch computes them. ``nn.Adam`` leaves ``eps`` out of the bias correction, which moved the loss of the first
     steps by 1e-3 bits per byte, and ``nn.AdamWeightDecay`` has no bias correction at all.

@@ -13,7 +13,7 @@ log = logging.getLogger("train")
 
 
 def deliver_to_python():
-    """Let Python's handlers see the signals whatever handlers MindSpore installs; the second one ends the process at once.
+    """Let Python's handlers see the signals, whatever MindSpore installs; the second one ends the process at once.
 
     The signals are blocked, in this thread and so in all that it starts (call this before MindSpore is imported); one
     thread waits for them and calls Python's handler in the main thread, as soon as that returns from a graph. A SIGTERM
