@@ -82,11 +82,16 @@ class Decoder:
     Args:
         model: a causal ``LocalTransformer``.
         batch: sequences that run side by side.
+
+    Raises:
+        ValueError: for a model that is not causal or has no tokens.
     """
 
     def __init__(self, model, batch=1):
         self.batch = batch
         self.attention = model.layers[0].attention.attention
+        if model.num_tokens is None or not self.attention.causal:
+            raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
         self.limit = model.max_seq_len if model.use_abs_pos_emb else None
         self.step = DecodeStep(model, batch)
         self.reset()
@@ -101,7 +106,7 @@ class Decoder:
         tokens = np.asarray(tokens, np.int32)
         if self.limit is not None:
             if self.position == self.limit:
-                kept = self.newest[-(self.limit // 2) :]
+                kept = self.newest[self.limit - self.limit // 2 :]
                 self.reset()
                 for earlier in kept:
                     self.feed(earlier)

@@ -10,8 +10,8 @@ from local_attention.windows import LookAround, additive_mask, block_size
 
 @constexpr
 def _check_shapes(q, k, v, window_size, autopad, dim):
-    if not (len(q) >= 2 and q == k == v):
-        raise ValueError(f"q, k and v must have one shape (..., n, d), got {q}, {k} and {v}")
+    if not (len(q) >= 2 and q == k and q[:-1] == v[:-1] and min(q + v) > 0):
+        raise ValueError(f"expected q, k: (..., n, d) and v: (..., n, e), none of them empty; got {q}, {k} and {v}")
     if dim is not None and q[-1] != dim:
         raise ValueError(f"expected a head size of dim = {dim}, got q of shape {q}")
     if q[-2] % window_size and not autopad:
@@ -85,19 +85,20 @@ class LocalAttention(nn.Cell):
         """Attend.
 
         Args:
-            q, k, v: ``(..., n, d)`` float32, any leading axes.
+            q, k: ``(..., n, d)`` float32, any leading axes.
+            v: ``(..., n, e)``.
 
         Returns:
-            ``(..., n, d)``.
+            ``(..., n, e)``.
 
         Raises:
-            ValueError: for shapes that differ, a head size other than ``dim``, or a length that is no multiple of the
-                window without ``autopad``.
+            ValueError: for shapes that do not fit, a head size other than ``dim``, or a length that is no multiple of
+                the window without ``autopad``.
         """
         _check_shapes(q.shape, k.shape, v.shape, self.window_size, self.autopad, self.dim)
         shape = q.shape
         length, d = shape[-2], shape[-1]
-        q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, d))
+        q, k, v = [t.reshape((-1, length, t.shape[-1])) for t in (q, k, v)]
         scale = d**-0.5 if self.scale is None else self.scale
         if self.rotary is not None:
             q, k = self.rotary(q, scale), self.rotary(k, 1.0)
@@ -106,10 +107,10 @@ class LocalAttention(nn.Cell):
         groups = q.shape[0]
         bias = additive_mask(groups, length, self.block, self.before, self.after, self.rule)
         out = self.attend(self.blocks(q).reshape((-1, self.block, d)), self.surroundings(k), self.surroundings(v), bias)
-        out = out.reshape((groups, -1, d))
+        out = out.reshape((groups, -1, v.shape[-1]))
         if length % self.block:
             out = out[:, :length]
-        return out.reshape(shape)
+        return out.reshape((*shape[:-1], v.shape[-1]))
 
     def blocks(self, x):
         """``(g, n, d) -> (g, blocks, block, d)``, padded with zeros on the right."""

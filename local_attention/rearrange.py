@@ -85,7 +85,10 @@ def _plan(pattern, axes, shape):
     before = tuple(before or shape)
     permutation = tuple(permutation or ())
     final = tuple(final or [before[axis] for axis in permutation] or before)
-    return before, permutation, as_swap(before, permutation) if permutation else (), final
+    long_axes = [axis for axis in permutation if before[axis] > 1]
+    if long_axes == sorted(long_axes):  # nothing moves
+        return before, (), (), final
+    return before, permutation, as_swap(before, permutation), final
 
 
 class Rearrange(nn.Cell):

@@ -15,7 +15,12 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
 
     Returns:
         ``(num_tokens,)`` float64, of sum 1.
+
+    Raises:
+        ValueError: for a negative temperature or a ``top_k`` below 1.
     """
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"expected temperature >= 0 and top_k >= 1, got {temperature} and {top_k}")
     logits = np.asarray(logits, np.float64)
     order = np.argsort(-logits, kind="stable")
     if temperature == 0:
@@ -26,7 +31,7 @@ def next_token_probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     probabilities /= probabilities.sum()
     if top_p is not None:
         before = np.cumsum(probabilities[keep]) - probabilities[keep]
-        probabilities[keep[before >= top_p]] = 0
+        probabilities[keep[1:][before[1:] >= top_p]] = 0
         probabilities /= probabilities.sum()
     return probabilities
 

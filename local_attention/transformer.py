@@ -162,8 +162,10 @@ class LocalTransformer(nn.Cell):
             ``(b, n, num_tokens)``; with ``return_loss`` a scalar in nats; with ``num_tokens=None`` ``(b, n, dim)``.
 
         Raises:
-            ValueError: for more than ``max_seq_len`` tokens with learned absolute positions.
+            ValueError: for more than ``max_seq_len`` tokens with learned absolute positions; for another shape; for
+                ``return_loss`` without ``num_tokens``.
         """
+        _check_input(x.shape, self.num_tokens, self.dim, return_loss)
         if return_loss:
             labels = x[:, 1:].reshape(-1)
             counted = (labels != self.ignore_index).astype(ms.float32)
@@ -202,6 +204,14 @@ class LocalTransformer(nn.Cell):
         A label of ``ignore_index`` gets a number without meaning.
         """
         return self.cross_entropy(self.logits(self.hidden(tokens)), ops.relu(labels))
+
+
+@constexpr
+def _check_input(shape, num_tokens, dim, return_loss):
+    if num_tokens is None and (len(shape) != 3 or shape[-1] != dim or return_loss):
+        raise ValueError(f"without num_tokens, expected x: (b, n, {dim}) and return_loss=False, got x: {shape}")
+    if num_tokens is not None and (len(shape) != 2 or shape[1] < 1 + return_loss):
+        raise ValueError(f"expected tokens (b, n) with n >= {1 + return_loss}, got {shape}")
 
 
 @constexpr

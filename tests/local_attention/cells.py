@@ -1,0 +1,81 @@
+"""Handling of cells that the library's tests share."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import settings
+from mindspore import nn, ops
+
+both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
+
+
+def examples(count):
+    """Hypothesis settings for tests in which an example costs milliseconds to seconds."""
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def tensor(x):
+    """Floating numbers as float32, whole numbers as int32."""
+    x = np.asarray(x)
+    return ms.Tensor(x.astype(np.float32 if x.dtype.kind == "f" else np.int32))
+
+
+def run(cell, *inputs):
+    """The array that a cell gives for arrays."""
+    return cell(*map(tensor, inputs)).asnumpy()
+
+
+class ValueAndGradients(nn.Cell):
+    """``(net(*inputs), gradients for inputs)`` of ``(cotangent, *inputs)``, compiled as one graph."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.grad = ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, cotangent, *inputs):
+        return self.net(*inputs), self.grad(self.net)(*inputs, cotangent)
+
+
+def value_and_gradients(net, inputs, cotangent):
+    """The output of ``net`` and the gradients of ``sum(output * cotangent)`` for its inputs, as arrays."""
+    value, gradients = ValueAndGradients(net)(tensor(cotangent), *map(tensor, inputs))
+    return value.asnumpy(), [gradient.asnumpy() for gradient in gradients]
+
+
+class ValueAndParameterGradients(nn.Cell):
+    """``(net(*inputs), gradients for the trainable parameters)`` of a scalar ``net``."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.parameters = ms.ParameterTuple(net.trainable_params())
+        self.grad = ops.GradOperation(get_by_list=True)
+
+    def construct(self, *inputs):
+        return self.net(*inputs), self.grad(self.net, self.parameters)(*inputs)
+
+
+def value_and_parameter_gradients(net, *inputs):
+    """The scalar that ``net`` gives and, by parameter, its gradients."""
+    cell = ValueAndParameterGradients(net)
+    value, gradients = cell(*map(tensor, inputs))
+    return float(value.asnumpy()), {p.name: g.asnumpy() for p, g in zip(cell.parameters, gradients, strict=True)}
+
+
+def randomise(cell, seed=0):
+    """Give a cell parameters that make every part of it matter; returns them by name, in float64."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in cell.parameters_and_names():
+        value = rng.standard_normal(parameter.shape)
+        if name.endswith("gamma"):
+            value = 1 + 0.5 * value
+        elif name.endswith("weight"):
+            value *= parameter.shape[1] ** -0.5
+        parameter.set_data(tensor(value))
+    return parameters(cell)
+
+
+def parameters(cell):
+    """A cell's parameters by name, in float64."""
+    return {name: parameter.asnumpy().astype(np.float64) for name, parameter in cell.parameters_and_names()}

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import local_attention
+
+HEAVY = ["mindspore", "hydra", "omegaconf", "tqdm", "tensorboardX", "einops", "numpy"]
+
+
+def python(program):
+    """Run a program in a fresh interpreter, in the folder that holds the package."""
+    home = Path(local_attention.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=home)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    done = python(f"import sys, local_attention; print([m for m in {HEAVY} if m in sys.modules])")
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_listing_the_package_loads_nothing_heavy():
+    done = python(
+        "import sys, local_attention; print('LocalTransformer' in dir(local_attention), 'mindspore' in sys.modules)"
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+def test_the_library_does_not_load_what_only_the_application_needs():
+    program = """
+import sys
+from local_attention import *
+import local_attention.decode
+assert LocalAttention and LocalMHA and LocalTransformer and Rearrange
+print([m for m in ("hydra", "omegaconf", "tensorboardX", "local_attention.training", "data") if m in sys.modules])
+"""
+    done = python(program)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+@pytest.mark.parametrize("name", local_attention.__all__)
+def test_every_public_name_is_a_class_with_a_docstring_of_that_name(name):
+    public = getattr(local_attention, name)
+    assert public.__name__ == name and public.__doc__
+    assert name in dir(local_attention)
+
+
+def test_the_public_names_are_these():
+    assert sorted(local_attention.__all__) == ["LocalAttention", "LocalMHA", "LocalTransformer", "Rearrange"]
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'local_attention' has no attribute 'GlobalAttention'"):
+        local_attention.GlobalAttention  # noqa: B018
+    with pytest.raises(ImportError):
+        from local_attention import GlobalAttention  # noqa: F401

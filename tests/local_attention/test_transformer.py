@@ -1,0 +1,408 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mindspore import nn
+
+from local_attention import LocalMHA, LocalTransformer
+from local_attention.transformer import require_positive
+from tests.local_attention import reference
+from tests.local_attention.cells import (
+    both_modes,
+    examples,
+    parameters,
+    randomise,
+    run,
+    tensor,
+    value_and_gradients,
+    value_and_parameter_gradients,
+)
+
+# LocalMHA
+
+
+def mha(**options):
+    """A LocalMHA with parameters that matter, and those."""
+    cell = LocalMHA(**dict(dim=6, window_size=3, dim_head=4, heads=2) | options)
+    return cell, randomise(cell)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, dict(exact_windowsize=True, look_forward=1)),
+        (dict(exact_windowsize=None), dict(exact_windowsize=True, look_forward=1)),
+        (dict(exact_windowsize=False), dict(exact_windowsize=False, look_forward=1)),
+        (dict(causal=True), dict(exact_windowsize=True, causal=True)),
+        (dict(prenorm=True), dict(exact_windowsize=True, look_forward=1, prenorm=True)),
+        (dict(look_backward=2, look_forward=0), dict(exact_windowsize=True, look_backward=2)),
+        (dict(use_rotary_pos_emb=False), dict(exact_windowsize=True, look_forward=1, rotary=False)),
+        (dict(scale=0.2), dict(exact_windowsize=True, look_forward=1, scale=0.2)),
+        (dict(window_size=2), dict(exact_windowsize=True, look_forward=1, window_size=2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [3, 10])  # fewer and more rows than the norm has products; with and without padding
+def test_multi_head_attention_does_what_its_options_say(options, wanted, n, rng):
+    cell, p = mha(**options)
+    x = rng.standard_normal((2, n, 6))
+    wanted = dict(heads=2, prenorm=False, rotary=True, window_size=3) | wanted
+    np.testing.assert_allclose(run(cell, x), reference.mha(x, p, **wanted), atol=1e-5)
+
+
+@both_modes
+def test_multi_head_attention_and_its_gradient_in_both_modes(mode, rng):
+    cell, p = mha(causal=True, prenorm=True, heads=3)
+    x, cotangent = rng.standard_normal((2, 2, 5, 6))
+    options = dict(heads=3, prenorm=True, rotary=True, window_size=3, causal=True, exact_windowsize=True)
+
+    def definition(x):
+        return reference.mha(x, p, **options)
+
+    value, (gradient,) = value_and_gradients(cell, [x], cotangent)
+    np.testing.assert_allclose(value, definition(x), atol=1e-5)
+    (wanted,) = reference.numerical_gradients(definition, [x], cotangent)
+    np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+
+
+def test_a_single_head_and_many_heads_of_any_size(rng):
+    x = rng.standard_normal((2, 4, 6))
+    for heads, dim_head in [(1, 2), (1, 8), (5, 2), (7, 6)]:
+        cell, p = mha(heads=heads, dim_head=dim_head)
+        wanted = reference.mha(
+            x, p, heads=heads, prenorm=False, rotary=True, window_size=3, exact_windowsize=True, look_forward=1
+        )
+        np.testing.assert_allclose(run(cell, x), wanted, atol=1e-5)
+
+
+def test_multi_head_attention_has_a_norm_only_with_prenorm_and_no_biases():
+    names = {"to_q.weight", "to_k.weight", "to_v.weight", "to_out.weight"}
+    assert set(mha()[1]) == names
+    assert set(mha(prenorm=True)[1]) == names | {"norm.gamma", "norm.beta"}
+
+
+@pytest.mark.parametrize("name", ["dim", "dim_head", "heads", "window_size"])
+def test_multi_head_attention_refuses_sizes_below_one(name):
+    with pytest.raises(ValueError, match=f"{name} >= 1.* got 0"):
+        mha(**{name: 0})
+
+
+def test_multi_head_attention_refuses_what_local_attention_refuses():
+    with pytest.raises(ValueError, match="look_forward = 0, got 2"):
+        mha(causal=True, look_forward=2)
+    with pytest.raises(ValueError, match="dim = 5"):
+        mha(dim_head=5)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="windowsize"):
+        mha(windowsize=4)
+
+
+# LocalTransformer
+
+SIZES = dict(num_tokens=11, max_seq_len=24, dim=6, depth=2, local_attn_window_size=3, dim_head=4, heads=2, ff_mult=2)
+
+
+def transformer(seed=0, **options):
+    """A small LocalTransformer with parameters that matter, and those."""
+    model = LocalTransformer(**SIZES | options)
+    return model, randomise(model, seed)
+
+
+def tokens(rng, *shape, num_tokens=11):
+    return rng.integers(0, num_tokens, shape)
+
+
+WANTED = dict(depth=2, heads=2, rotary=True, window_size=3, causal=True, exact_windowsize=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {}),
+        (dict(use_abs_pos_emb=False), {}),
+        (dict(exact_windowsize=False), dict(exact_windowsize=False)),
+        (dict(causal=False), dict(causal=False, look_forward=1)),
+        (dict(causal=False, look_forward=0, look_backward=2), dict(causal=False, look_backward=2)),
+        (dict(look_backward=0), dict(look_backward=0)),
+        (dict(use_rotary_pos_emb=False), dict(rotary=False)),
+        (dict(local_attn_window_size=5), dict(window_size=5)),
+        (dict(depth=3), dict(depth=3)),
+        (dict(heads=3, dim_head=2), dict(heads=3)),
+        (dict(heads=1, dim_head=8), dict(heads=1)),
+        (dict(ff_mult=5), {}),
+        (dict(scale=0.3), dict(scale=0.3)),
+    ],
+    ids=str,
+)
+def test_the_logits_are_those_of_the_definition(options, wanted, rng):
+    model, p = transformer(**options)
+    for n in (1, 3, 10):
+        x = tokens(rng, 2, n)
+        logits = run(model, x)
+        assert logits.shape == (2, n, 11)
+        np.testing.assert_allclose(logits, reference.transformer(x, p, **WANTED | wanted), atol=2e-5)
+
+
+@both_modes
+def test_the_logits_are_those_of_the_definition_in_both_modes(mode, rng):
+    model, p = transformer()
+    x = tokens(rng, 2, 10)
+    np.testing.assert_allclose(run(model, x), reference.transformer(x, p, **WANTED), atol=2e-5)
+
+
+class Loss(nn.Cell):
+    """The loss as a network of one input, as a train step needs it."""
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, x):
+        return self.model(x, return_loss=True)
+
+
+def numerical_parameter_gradients(p, loss):
+    """By parameter, the gradient of ``loss(p)``."""
+
+    def gradient(name):
+        return reference.numerical_gradient(lambda value: loss(p | {name: value}), p[name])
+
+    return {name: gradient(name) for name in p}
+
+
+@both_modes
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, {}),
+        (dict(causal=False, use_abs_pos_emb=False, depth=1), dict(causal=False, look_forward=1, depth=1)),
+    ],
+    ids=["causal", "open without positions"],
+)
+def test_the_loss_and_its_gradients_reach_every_parameter(mode, options, wanted, rng):
+    options = dict(num_tokens=5, max_seq_len=8, dim=4, dim_head=2, ignore_index=3) | options
+    wanted = WANTED | wanted
+    model, p = transformer(**options)
+    x = tokens(rng, 2, 7, num_tokens=5)
+    assert 3 in x[:, 1:]  # some label is left out
+    loss, gradients = value_and_parameter_gradients(Loss(model), x)
+    assert abs(loss - reference.language_model_loss(x, p, ignore_index=3, **wanted)) < 1e-5
+    assert len(gradients) == len(p)
+    numerical = numerical_parameter_gradients(
+        p, lambda p: reference.language_model_loss(x, p, ignore_index=3, **wanted)
+    )
+    for name, gradient in numerical.items():
+        found = gradients[f"model.{name}"] if f"model.{name}" in gradients else gradients[name]
+        np.testing.assert_allclose(found, gradient, atol=1e-4, err_msg=name)
+        assert abs(found).max() > 1e-3, name
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_logits(rng):
+    model, _ = transformer()
+    x = tokens(rng, 2, 9)
+    logits = run(model, x[:, :-1])
+    loss = float(model(tensor(x), return_loss=True))
+    assert abs(loss - reference.cross_entropy(logits.astype(np.float64), x[:, 1:]).mean()) < 1e-5
+
+
+def test_the_loss_of_a_single_next_token():
+    model, _ = transformer()
+    loss = float(model(tensor([[4, 7]]), return_loss=True))
+    assert abs(loss - reference.cross_entropy(run(model, [[4]]).astype(np.float64), [[7]])[0, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("ignore_index", [0, 7, 10])
+def test_labels_of_the_ignored_index_are_left_out_of_the_mean(ignore_index, rng):
+    model, _ = transformer(ignore_index=ignore_index)
+    x = tokens(rng, 4, 20)
+    losses = reference.cross_entropy(run(model, x[:, :-1]).astype(np.float64), x[:, 1:])
+    counted = x[:, 1:] != ignore_index
+    assert 0 < counted.sum() < counted.size
+    assert abs(float(model(tensor(x), return_loss=True)) - losses[counted].mean()) < 1e-5
+    assert abs(losses[counted].mean() - losses.mean()) > 1e-3
+
+
+@both_modes
+def test_a_text_filled_up_with_minus_one_has_the_loss_of_the_text_alone(mode, rng):
+    model, p = transformer(depth=1)
+    x = tokens(rng, 1, 6)
+    filled = np.concatenate([x, [[-1, -1, -1]]], 1)
+    loss = float(model(tensor(filled), return_loss=True))
+    assert abs(loss - reference.language_model_loss(x, p, **WANTED | dict(depth=1))) < 1e-5
+
+
+def test_each_token_loss_is_the_cross_entropy_of_its_label(rng):
+    model, _ = transformer()
+    x, labels = tokens(rng, 2, 5), tokens(rng, 2, 5)
+    losses = model.token_losses(tensor(x), tensor(labels.reshape(-1))).asnumpy()
+    wanted = reference.cross_entropy(run(model, x).astype(np.float64), labels).reshape(-1)
+    np.testing.assert_allclose(losses, wanted, atol=1e-5)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    ("num_tokens", "shape", "return_loss"),
+    [(11, (5,), False), (11, (1, 1), True), (None, (1, 4, 3), False), (None, (1, 4, 8), True)],
+)
+def test_inputs_of_another_shape_are_refused(mode, num_tokens, shape, return_loss):
+    model, _ = transformer(num_tokens=num_tokens, dim=8, depth=1)
+    with pytest.raises(ValueError, match="expected"):
+        model(tensor(np.zeros(shape, np.float32 if num_tokens is None else np.int32)), return_loss)
+
+
+@both_modes
+def test_more_tokens_than_learned_positions_are_refused(mode, rng):
+    model, _ = transformer(max_seq_len=5, depth=1)
+    assert run(model, tokens(rng, 1, 5)).shape == (1, 5, 11)
+    with pytest.raises(ValueError, match="at most max_seq_len = 5 tokens, got 6"):
+        run(model, tokens(rng, 1, 6))
+
+
+def test_the_loss_of_max_seq_len_and_one_tokens_is_not_refused(rng):
+    model, _ = transformer(max_seq_len=5, depth=1)
+    assert np.isfinite(float(model(tensor(tokens(rng, 1, 6)), return_loss=True)))
+    with pytest.raises(ValueError, match="max_seq_len = 5"):
+        model(tensor(tokens(rng, 1, 7)), return_loss=True)
+
+
+def test_without_learned_positions_there_is_no_limit_on_the_length(rng):
+    model, p = transformer(max_seq_len=5, use_abs_pos_emb=False)
+    assert not any("pos_emb" in name for name in p)
+    x = tokens(rng, 1, 40)
+    np.testing.assert_allclose(run(model, x), reference.transformer(x, p, **WANTED), atol=2e-5)
+
+
+def test_learned_positions_tell_equal_tokens_apart(rng):
+    same = np.full((1, 3), 4)
+    with_positions, without = (run(transformer(use_abs_pos_emb=use)[0], same)[0] for use in (True, False))
+    assert abs(with_positions[1:] - with_positions[0]).max(-1).min() > 0.1
+    # rotary positions turn queries and keys only: equal values have an average that no weights change
+    np.testing.assert_allclose(without, np.broadcast_to(without[0], without.shape), atol=1e-5)
+
+
+@both_modes
+def test_without_num_tokens_hidden_states_go_in_and_come_out(mode, rng):
+    model, p = transformer(num_tokens=None)
+    assert not any(name.startswith(("token_emb", "pos_emb", "to_logits", "norm")) for name in p)
+    x = rng.standard_normal((2, 7, 6))
+    np.testing.assert_allclose(run(model, x), reference.layers(x, p, **WANTED), atol=2e-5)
+
+
+def test_the_head_size_is_independent_of_dim_and_heads(rng):
+    model, p = transformer(dim=5, heads=3, dim_head=8)
+    assert p["layers.0.attention.to_q.weight"].shape == (24, 5)
+    assert p["layers.0.attention.to_out.weight"].shape == (5, 24)
+    x = tokens(rng, 1, 7)
+    np.testing.assert_allclose(run(model, x), reference.transformer(x, p, **WANTED | dict(heads=3)), atol=2e-5)
+
+
+@pytest.mark.parametrize(("options", "inner"), [({}, 16), (dict(ff_mult=3), 12), (dict(ff_mult=5), 20)], ids=str)
+def test_ff_mult_sets_the_inner_size_of_every_feed_forward(options, inner):
+    p = parameters(LocalTransformer(**{name: size for name, size in SIZES.items() if name != "ff_mult"} | options))
+    assert [p[f"layers.{i}.feed_forward.to_out.weight"].shape for i in range(2)] == [(6, inner)] * 2
+
+
+def test_embeddings_begin_small():
+    p = parameters(LocalTransformer(**SIZES | dict(num_tokens=200, max_seq_len=200, dim=20, depth=1)))
+    for name in ("token_emb", "pos_emb"):
+        assert abs(p[f"{name}.embedding_table"].std() - 0.02) < 0.002
+
+
+def test_layers_do_not_share_parameters():
+    p = parameters(LocalTransformer(**SIZES))
+    assert len(p) == len(set(p)) == 2 * 11 + 5
+    assert (p["layers.0.attention.to_q.weight"] != p["layers.1.attention.to_q.weight"]).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["num_tokens", "max_seq_len", "dim", "depth", "local_attn_window_size", "dim_head", "heads", "ff_mult"]
+)
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_one_are_refused_by_name(name, size):
+    with pytest.raises(ValueError, match=f"{name.removeprefix('local_attn_')} >= 1.* got {size}"):
+        LocalTransformer(**SIZES | {name: size})
+
+
+def test_all_sizes_that_are_wrong_are_named_at_once():
+    with pytest.raises(ValueError, match="expected a >= 1, got 0, c >= 1, got -3"):
+        require_positive(a=0, b=1, c=-3)
+
+
+# Who sees whom. With small scores every visible key has about the same weight, and an effect that cannot be missed.
+
+models = st.fixed_dictionaries(
+    dict(
+        depth=st.integers(1, 3),
+        local_attn_window_size=st.integers(1, 3),
+        look_backward=st.integers(0, 2),
+        exact_windowsize=st.booleans(),
+        use_rotary_pos_emb=st.booleans(),
+        scale=st.just(0.01),
+    )
+)
+
+
+def changes(model, x, j):
+    """Which positions' logits change when token ``j`` of the text ``x: (n,)`` does."""
+    other = x.copy()
+    other[j] = (other[j] + 5) % 11
+    return abs(run(model, other[None]) - run(model, x[None]))[0].max(-1)
+
+
+@given(models, st.booleans(), st.integers(1, 14), st.data())
+@examples(8)
+def test_a_changed_future_byte_changes_no_earlier_logit(options, use_abs_pos_emb, n, data):
+    model, _ = transformer(use_abs_pos_emb=use_abs_pos_emb, **options)
+    x = tokens(np.random.default_rng(data.draw(st.integers(0, 99))), n)
+    j = data.draw(st.integers(0, n - 1))
+    changed = changes(model, x, j)
+    assert (changed[:j] == 0).all() and changed[j] > 1e-3
+
+
+@given(models)
+@examples(8)
+def test_the_receptive_field_is_exactly_the_windows_looked_back_in_all_layers(options):
+    window = options["local_attn_window_size"]
+    back = options["depth"] * options["look_backward"] * window
+    model, _ = transformer(use_abs_pos_emb=False, **options)
+    x = tokens(np.random.default_rng(1), back + 2 * window + 1)
+    i = len(x) - 1
+    border = i - back if options["exact_windowsize"] else i // window * window - back
+    assert border > 0
+    assert changes(model, x, border)[i] > 1e-5
+    assert changes(model, x, border - 1)[i] == 0
+
+
+@pytest.mark.parametrize("exact_windowsize", [True, False])
+@pytest.mark.parametrize("look_forward", [0, 1, 2])
+def test_the_receptive_field_ahead_is_exactly_the_windows_looked_forward_in_all_layers(exact_windowsize, look_forward):
+    model, _ = transformer(
+        use_abs_pos_emb=False, causal=False, exact_windowsize=exact_windowsize, look_forward=look_forward, scale=0.01
+    )
+    ahead = 2 * look_forward * 3
+    x = tokens(np.random.default_rng(1), ahead + 6)
+    border = ahead if exact_windowsize else ahead + 2  # seen from position 0
+    assert changes(model, x, border)[0] > 1e-5
+    assert changes(model, x, border + 1)[0] == 0
+
+
+@given(models, st.integers(1, 7), st.booleans())
+@examples(8)
+def test_a_shift_of_all_positions_changes_nothing_without_learned_positions(options, shift, learned):
+    options["scale"] = 0.5  # rotary positions matter
+    window = options["local_attn_window_size"]
+    shift *= 1 if options["exact_windowsize"] else window
+    out_of_sight = (options["depth"] * options["look_backward"] + 1) * window
+    model, _ = transformer(use_abs_pos_emb=learned, max_seq_len=64, **options)
+    x = tokens(np.random.default_rng(1), 1, shift + out_of_sight + 4)
+    difference = run(model, x)[:, shift + out_of_sight :] - run(model, x[:, shift:])[:, out_of_sight:]
+    assert (abs(difference).max() > 1e-3) if learned else (abs(difference).max() < 2e-5)
+
+
+def test_texts_of_a_batch_do_not_see_each_other(rng):
+    model, _ = transformer()
+    x = tokens(rng, 3, 8)
+    together = run(model, x)
+    np.testing.assert_allclose(together, np.concatenate([run(model, row[None]) for row in x]), atol=1e-5)
