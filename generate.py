@@ -8,6 +8,7 @@ from local_attention.training.config import GenerateConfig, generate_config
 def main(composed):
     config = generate_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 
+    import os
     import sys
     import time
     from pathlib import Path
@@ -18,7 +19,7 @@ def main(composed):
     from local_attention.training.run_dir import checkpoint_of
     from local_attention.training.terminal import ByteOutput, as_text
 
-    prompt = Path(config.prompt_file).read_bytes() if config.prompt_file else config.prompt.encode()
+    prompt = Path(config.prompt_file).read_bytes() if config.prompt_file else os.fsencode(config.prompt)
     path = checkpoint_of(config.run, config.checkpoint)
     use_device(config.device.target)
     model, meta = load_model(path)

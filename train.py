@@ -73,7 +73,7 @@ def main(composed):
         return closing.interrupted(place.run_dir, state, hydra.overrides.task)
 
     # Score the best weights on all of validation and test, and say what to do next.
-    best = checkpoint.Checkpoints(place.checkpoints).find("best")
+    best = checkpoint.Checkpoints(place.checkpoints).find("best") or place.checkpoint
     checkpoint.restore(checkpoint.read(best)[0], model)
     scores = closing.score_splits(evaluator, corpus, state, log)
     closing.summarise(place.run_dir, state, scores)

@@ -72,7 +72,7 @@ def main():
     train = config.train
     corpus = data.load(config.data)
     crops = StepCrops(data.CropSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
-    batches = [crops[i] for i in range(train.max_steps)]
+    batches = [crops.of_step(step) for step in range(train.max_steps)]
 
     use_device(config.device.target)
     ms.set_seed(config.seed)

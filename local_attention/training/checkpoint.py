@@ -81,8 +81,8 @@ class Checkpoints:
         linked = {(self.directory / name).resolve().name for name in ("last", "best")}
         for path in self.complete()[: -self.keep_last]:
             if path.name not in linked:
-                sidecar(path).unlink()
                 path.unlink()
+                sidecar(path).unlink()
 
     def complete(self):
         """Paths of the complete checkpoints, oldest first."""
@@ -115,8 +115,9 @@ def read(path):
         raise CheckpointError(f"{path}: no such checkpoint, or one without its {sidecar(path).name}") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(f"the checkpoint {path} has format {meta.get('format')}, expected {FORMAT}")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"the checkpoint {path} has format {found}, expected {FORMAT}")
     return tensors, meta
 
 

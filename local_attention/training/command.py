@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from functools import wraps
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from local_attention.training.config import unknown_key
 from local_attention.training.signals import deliver_to_python
+
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def command(config_name, schema, text=()):
@@ -33,7 +36,13 @@ def command(config_name, schema, text=()):
         @hydra.main(version_base="1.3", config_path=str(program.parent / "configs"), config_name=config_name)
         @wraps(task)
         def run(config):
-            sys.exit(status_of(task, config))
+            try:
+                status = status_of(task, config)
+            except Exception:  # a fault of the program: all of it, for whoever mends it
+                traceback.print_exc()
+                status = 1
+            if status:
+                sys.exit(status)
 
         @wraps(task)
         def main():
@@ -43,7 +52,7 @@ def command(config_name, schema, text=()):
             sys.argv[1:] = [quoted(argument, text) for argument in sys.argv[1:]]
             try:
                 run()
-            except (HydraException, OmegaConfBaseException) as error:
+            except (HydraException, OmegaConfBaseException, ValueError) as error:  # "model=null" is a ValueError
                 sys.exit(fail(explain(error, schema), 2))
 
         return main
@@ -56,8 +65,8 @@ def quoted(argument, text):
 
     Hydra and OmegaConf take a backslash as an escape only where one or several come before a quote or a ``${``.
     """
-    key, _, value = argument.partition("=")
-    if key not in text or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+    key, separator, value = argument.partition("=")
+    if not separator or key not in text or value == "null" or QUOTED.fullmatch(value):
         return argument
     special = re.compile(r"(\\*)('|\$\{|\Z)")
     return f"{key}='{special.sub(lambda m: 2 * m[1] + (chr(92) + m[2] if m[2] else ''), value)}'"
@@ -82,7 +91,7 @@ def status_of(task, config):
 
 
 def fail(error, status):
-    print(f"error: {error}", file=sys.stderr)
+    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
     return status
 
 

@@ -5,7 +5,7 @@ import math
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from local_attention.training.errors import UsageError
@@ -135,12 +135,16 @@ def between(low, high):
     return (lambda value: low <= value <= high), f"a number from {low} to {high}"
 
 
-RUN_RANGES = {
+RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
+    **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
+    **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
+    **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
     "data.source": one_of("enwik8", "stdlib", "file"),
     "data.fallback": one_of("stdlib"),
     "data.max_bytes": POSITIVE,
     "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
-    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult")},
+    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head")},
+    "model.ff_mult": (lambda value: value >= 1, "1 or more"),
     "model.local_attn_window_size": POSITIVE,
     "model.look_backward": NOT_NEGATIVE,
     "optimizer.name": one_of("adam", "adamw"),
@@ -153,9 +157,6 @@ RUN_RANGES = {
     "schedule.warmup_steps": NOT_NEGATIVE,
     "schedule.decay_fraction": FRACTION,
     "schedule.final_fraction": FRACTION,
-    **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
-    **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
-    **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
     "device.target": one_of("auto", "CPU", "GPU", "Ascend"),
     "seed": between(0, 2**32 - 1),
 }
@@ -214,6 +215,11 @@ def generate_config(config):
 
 def typed(schema, config):
     """An instance of the dataclass ``schema``, its values taken from ``config``, a mapping or an OmegaConf node."""
+    for name, annotation in typing.get_type_hints(schema).items():
+        if is_dataclass(annotation) and not isinstance(config.get(name, {}), dict | DictConfig):
+            raise UsageError(f"{name}={config[name]}: expected {name}.KEY=VALUE")
+    for key in OmegaConf.missing_keys(config) if OmegaConf.is_config(config) else ():
+        raise UsageError(f"{key}=???: expected a value, and ??? stands for none")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -227,7 +233,8 @@ def typed(schema, config):
 
 def unknown_key(key, schema):
     """What to say of a ``key`` that the dataclass ``schema`` does not have."""
-    known = keys_of(schema)
+    groups = [name for name, annotation in typing.get_type_hints(schema).items() if is_dataclass(annotation)]
+    known = keys_of(schema) + groups
     similar = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     return f"{key}: no such key" + (f"; did you mean {similar[0]}?" if similar else "; --help lists them")
 

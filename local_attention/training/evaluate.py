@@ -71,7 +71,7 @@ class Evaluator:
         Raises:
             ValueError: for an empty stretch or a stride out of range.
         """
-        stride = stride or self.seq_len
+        stride = self.seq_len if stride is None else stride
         if stop <= start or not 1 <= stride <= self.seq_len:
             expected = f"expected start < stop and a stride of 1 … {self.seq_len}"
             raise ValueError(f"{expected}, got {start}, {stop} and {stride}")

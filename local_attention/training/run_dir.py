@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+import yaml
 
 from local_attention.training.checkpoint import Checkpoints, write_text
 from local_attention.training.config import as_dict
@@ -43,16 +43,22 @@ def find_place(config, experiment):
     run_dir = Path(config.run_dir) if config.run_dir else None
     if config.resume in (None, "auto"):
         run_dir = run_dir or new
-        existing = Checkpoints(run_dir / "checkpoints").find("last")
-        if existing and config.resume is None:
-            raise UsageError(f"{run_dir} holds a run already: continue it with resume=auto, or name another run_dir")
-        return Place(run_dir, existing)
+        if config.resume is None:
+            refuse_to_overwrite(run_dir)
+        return Place(run_dir, Checkpoints(run_dir / "checkpoints").find("last"))
     source = Path(config.resume)
     if not source.exists():
         raise UsageError(f"resume={source}: no such run directory or checkpoint")
+    if run_dir and not (source.is_dir() and run_dir.resolve() == source.resolve()):
+        refuse_to_overwrite(run_dir)
     if not source.is_dir():
         return Place(run_dir or new, source)
     return Place(run_dir or source, checkpoint_of(source, "last"))
+
+
+def refuse_to_overwrite(run_dir):
+    if Checkpoints(run_dir / "checkpoints").find("last"):
+        raise UsageError(f"{run_dir} holds a run already: continue it with resume=auto, or name another run_dir")
 
 
 def checkpoint_of(run_dir, name):
@@ -107,7 +113,7 @@ def flat(tree, prefix=""):
 def create(run_dir, config):
     """Make the directory, with ``config.yaml``: the whole config, enough to rebuild the model."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    write_text(Path(run_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+    write_text(Path(run_dir) / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def announce(place, model, train):

@@ -51,9 +51,9 @@ class RunLog:
         common = {"kind": kind, "step": state.step, "bytes_seen": state.bytes_seen, "wall_s": round(state.wall_s, 3)}
         self.file.write(json.dumps(common | values) + "\n")
         self.file.flush()
-        group = values.get("split", kind)
+        group = ("whole_" if values.get("whole_split") else "") + values.get("split", kind)
         for name, value in values.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 self.tensorboard.add_scalar(f"{group}/{name}", value, state.step)
             elif name == "text":
                 self.tensorboard.add_text(group, "```\n" + value + "\n```", state.step)

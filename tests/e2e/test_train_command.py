@@ -135,7 +135,8 @@ def test_tensorboard_lists_the_scalars_and_the_samples(finished_run):
             "train/grad_norm",
             "train/bytes_per_s",
             "val/bpb",
-            "test/bpb",
+            "whole_val/bpb",
+            "whole_test/bpb",
         }
         texts = ask(f"http://127.0.0.1:{port}/data/plugin/text/tags")
         assert any("sample" in tag for tag in next(iter(texts.values())))

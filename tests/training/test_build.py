@@ -1,0 +1,100 @@
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from local_attention.training.build import build_model, load_model
+from local_attention.training.checkpoint import Checkpoints, tensors_of
+from local_attention.training.config import ModelConfig, OptimizerConfig, RunConfig, as_dict
+from local_attention.training.errors import CheckpointError
+from local_attention.training.optimizer import build_optimizer
+
+SMALL = dict(max_seq_len=16, dim=16, depth=1, heads=2, dim_head=8, local_attn_window_size=8)
+TOKENS = Tensor(np.random.default_rng(0).integers(0, 256, (2, 16)), ms.int32)
+
+
+@pytest.fixture(autouse=True)
+def eager(graph_mode):
+    """Models of many shapes, each used once."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+def built(**options):
+    return build_model(ModelConfig(**{**SMALL, **options}))
+
+
+def shapes(model):
+    return {parameter.name: tuple(parameter.shape) for parameter in model.trainable_params()}
+
+
+def logits(model):
+    """Of equal weights, so that only the options make a difference."""
+    rng = np.random.default_rng(0)
+    for parameter in model.trainable_params():
+        parameter.set_data(Tensor(rng.standard_normal(parameter.shape) * 0.3, ms.float32))
+    return model(TOKENS).asnumpy()
+
+
+@pytest.mark.parametrize(
+    "options, name, shape",
+    [
+        ({"num_tokens": 300}, "to_logits.weight", (300, 16)),
+        ({"max_seq_len": 24}, "pos_emb.embedding_table", (24, 16)),
+        ({"dim": 24}, "token_emb.embedding_table", (256, 24)),
+        ({"depth": 2}, "layers.1.attention.to_q.weight", (16, 16)),
+        ({"heads": 3}, "layers.0.attention.to_q.weight", (24, 16)),
+        ({"dim_head": 10}, "layers.0.attention.to_q.weight", (20, 16)),
+        ({"ff_mult": 6.0}, "layers.0.feed_forward.to_out.weight", (16, 64)),
+    ],
+)
+def test_sizes_reach_the_weights(options, name, shape):
+    assert shapes(built(**options))[name] == shape
+    assert shapes(built()).get(name) != shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"local_attn_window_size": 4},
+        {"look_backward": 0},
+        {"exact_windowsize": False},
+        {"use_rotary_pos_emb": False},
+    ],
+)
+def test_options_without_weights_reach_the_computation(options):
+    assert abs(logits(built(**options)) - logits(built())).max() > 1e-3
+
+
+def test_learned_positions_can_be_left_out():
+    assert "pos_emb.embedding_table" not in shapes(built(use_abs_pos_emb=False))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of a small model, and the model."""
+    config = RunConfig(model=ModelConfig(**SMALL))
+    model = build_model(config.model)
+    tensors = tensors_of(model, build_optimizer(OptimizerConfig(), model.trainable_params()))
+    path = Checkpoints(tmp_path).save(tensors, {"step": 7, "config": as_dict(config)})
+    return path, model
+
+
+def test_a_checkpoint_is_enough_to_rebuild_its_model(saved):
+    path, model = saved
+    loaded, meta = load_model(path)
+    np.testing.assert_array_equal(loaded(TOKENS).asnumpy(), model(TOKENS).asnumpy())
+    assert meta["step"] == 7
+    assert loaded.training is False
+
+
+def test_a_checkpoint_whose_tensors_are_not_of_its_config_is_refused(saved):
+    path, _ = saved
+    meta = json.loads(path.with_suffix(".json").read_text())
+    meta["config"]["model"]["dim"] = 24
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="expected"):
+        load_model(path)

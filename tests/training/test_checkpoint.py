@@ -1,0 +1,318 @@
+import os
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from local_attention.training import checkpoint
+from local_attention.training.checkpoint import Checkpoints, read, restore, sidecar, tensors_of, write_atomically
+from local_attention.training.config import OptimizerConfig
+from local_attention.training.errors import CheckpointError
+from local_attention.training.optimizer import build_optimizer
+from local_attention.training.step import TrainStep
+from tests.training.toys import TOKENS, Bigram, randomise, tiny_transformer
+
+TENSORS = {"model.w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+
+def parts(model, name="adamw"):
+    """A model and its optimizer."""
+    return model, build_optimizer(OptimizerConfig(name=name), model.trainable_params())
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def save(checkpoints, step, best=False):
+    return checkpoints.save({"model.w": np.full(3, step, np.float32)}, {"step": step}, best)
+
+
+def steps(checkpoints):
+    """Of the checkpoints that are there, all of them readable."""
+    return [read(path)[1]["step"] for path in checkpoints.complete()]
+
+
+def files(checkpoints):
+    return {path.name for path in checkpoints.directory.iterdir()}
+
+
+# Round trips.
+
+
+def test_tensors_and_metadata_come_back_as_they_were(checkpoints):
+    meta = {"step": 12, "best_val_bpb": None, "config": {"model": {"dim": 3}}, "text": "a ‘b’\u2028\n"}
+    path = checkpoints.save(TENSORS, meta)
+    tensors, read_meta = read(path)
+    assert path.name == "step-00000012.safetensors"
+    assert read_meta == {"format": checkpoint.FORMAT, **meta}
+    assert tensors.keys() == TENSORS.keys()
+    np.testing.assert_array_equal(tensors["model.w"], TENSORS["model.w"])
+    assert tensors["model.w"].dtype == np.float32
+
+
+def test_weights_and_optimizer_state_come_back_as_they_were(checkpoints):
+    model, optimizer = parts(tiny_transformer())
+    randomise([*model.get_parameters(), *optimizer.get_parameters()])
+    saved = tensors_of(model, optimizer)
+    tensors, _ = read(checkpoints.save(saved, {"step": 1}))
+
+    other, other_optimizer = parts(tiny_transformer())
+    restore(tensors, other, other_optimizer)
+    restored = tensors_of(other, other_optimizer)
+    assert restored.keys() == saved.keys()
+    assert {name.partition(".")[0] for name in saved} == {"model", "optimizer"}
+    for name in saved:
+        np.testing.assert_array_equal(restored[name], saved[name], err_msg=name)
+
+
+def test_a_restored_run_takes_the_very_step_that_the_saved_one_would_have_taken(checkpoints):
+    crops = Tensor(np.random.default_rng(0).integers(0, TOKENS, (3, 1, 4, 9)), ms.int32)
+    model, optimizer = parts(Bigram(0))
+    step = TrainStep(model, optimizer, 1, 1.0).set_train()
+    step(crops[0]), step(crops[1])
+    tensors, _ = read(checkpoints.save(tensors_of(model, optimizer), {"step": 2}))
+    step(crops[2])
+
+    other, other_optimizer = parts(Bigram(1))
+    restore(tensors, other, other_optimizer)
+    TrainStep(other, other_optimizer, 1, 1.0).set_train()(crops[2])
+    wanted, got = tensors_of(model, optimizer), tensors_of(other, other_optimizer)
+    assert abs(wanted["model.table"] - tensors["model.table"]).max() > 1e-5
+    for name in wanted:
+        np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+
+
+def test_weights_alone_can_be_restored_from_a_checkpoint_with_optimizer_state():
+    model, optimizer = parts(Bigram(0))
+    tensors = tensors_of(model, optimizer)
+    other = Bigram(1)
+    restore(tensors, other)
+    np.testing.assert_array_equal(other.table.asnumpy(), model.table.asnumpy())
+
+
+def test_a_checkpoint_does_not_change_with_the_weights_it_was_taken_from(checkpoints):
+    model, optimizer = parts(Bigram(0))
+    before = model.table.asnumpy().copy()
+    path = checkpoints.save(tensors_of(model, optimizer), {"step": 1})
+    model.table.set_data(Tensor(before + 1))
+    np.testing.assert_array_equal(read(path)[0]["model.table"], before)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    "other, name, message",
+    [
+        ({"depth": 2}, "adamw", "lacks the tensor model.layers.1."),
+        ({"dim": 24}, "adamw", r"model\.\S+ has shape \S+ \S+ in the checkpoint, expected "),
+        ({"use_abs_pos_emb": False}, "adamw", "has an unexpected tensor model.pos_emb.embedding_table"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_naming_the_tensor(other, name, message):
+    tensors = tensors_of(*parts(tiny_transformer()))
+    model, optimizer = parts(tiny_transformer(**other), name)
+    before = tensors_of(model, optimizer)
+    with pytest.raises(CheckpointError, match=message):
+        restore(tensors, model, optimizer)
+    for key, value in tensors_of(model, optimizer).items():
+        np.testing.assert_array_equal(value, before[key], err_msg=f"{key} was changed all the same")
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_naming_the_tensor():
+    tensors = tensors_of(*parts(Bigram()))
+    del tensors["optimizer.moment2.table"]
+    with pytest.raises(CheckpointError, match=r"lacks the tensor optimizer\.moment2\.table"):
+        restore(tensors, *parts(Bigram()))
+    tensors = tensors_of(*parts(Bigram())) | {"optimizer.moment3.table": np.zeros(1, np.float32)}
+    with pytest.raises(CheckpointError, match=r"unexpected tensor optimizer\.moment3\.table"):
+        restore(tensors, *parts(Bigram()))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "no such checkpoint"),
+        (lambda path: sidecar(path).unlink(), r"without its step-00000001\.json"),
+        (cut, "cannot be read"),
+        (lambda path: cut(sidecar(path)), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: sidecar(path).write_bytes(b""), "cannot be read"),
+        (lambda path: sidecar(path).write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda path: path.write_bytes(os.urandom(100)), "cannot be read"),
+        (lambda path: sidecar(path).write_text('{"format": 99, "step": 1}'), "has format 99, expected 1"),
+        (lambda path: sidecar(path).write_text('{"step": 1}'), "has format None, expected 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_naming_the_file(checkpoints, damage, message):
+    path = save(checkpoints, 1)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_sidecar_that_is_no_object_is_refused(checkpoints):
+    path = save(checkpoints, 1)
+    sidecar(path).write_text("[]")
+    with pytest.raises(CheckpointError):
+        read(path)
+
+
+# Links and which ones stay.
+
+
+def test_last_leads_to_the_newest_and_best_to_the_best(checkpoints):
+    save(checkpoints, 1, best=True)
+    second, third = save(checkpoints, 2, best=True), save(checkpoints, 3)
+    assert checkpoints.find("last") == third.resolve()
+    assert checkpoints.find("best") == second.resolve()
+    assert not os.path.isabs(os.readlink(checkpoints.directory / "last"))  # a run directory can be moved
+
+
+def test_a_checkpoint_can_be_read_by_its_link(checkpoints):
+    save(checkpoints, 1)
+    assert read(checkpoints.directory / "last")[1]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "keep_last, kept", [(1, [2, 6]), (2, [2, 5, 6]), (4, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])]
+)
+def test_the_newest_and_the_best_stay(tmp_path, keep_last, kept):
+    checkpoints = Checkpoints(tmp_path, keep_last)
+    for step in range(1, 7):
+        save(checkpoints, step, best=step == 2)
+    assert steps(checkpoints) == kept
+    named = {f"step-{step:08d}.{end}" for step in kept for end in ("safetensors", "json")}
+    assert files(checkpoints) == named | {"last", "best"}
+
+
+def test_what_last_leads_to_stays_though_others_are_newer(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step in (10, 20, 15):
+        save(checkpoints, step)
+    assert read(checkpoints.find("last"))[1]["step"] == 15
+
+
+def test_a_step_can_be_saved_again_as_the_best(checkpoints):
+    save(checkpoints, 1)
+    save(checkpoints, 1, best=True)
+    assert steps(checkpoints) == [1]
+    assert checkpoints.find("best") == checkpoints.find("last")
+
+
+def test_without_checkpoints_nothing_is_found(checkpoints):
+    assert checkpoints.find("last") is None
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_link_that_is_missing_or_leads_to_half_a_checkpoint_gives_the_newest_complete_one(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path, keep_last=5)
+    for step in (1, 2, 3):
+        path = save(checkpoints, step, best=True)
+    sidecar(path).unlink()
+    assert checkpoints.find(name).name == "step-00000002.safetensors"
+    path.unlink()
+    assert checkpoints.find(name).name == "step-00000002.safetensors"
+    (tmp_path / name).unlink()
+    assert checkpoints.find(name).name == "step-00000002.safetensors"
+
+
+# Whole or not there.
+
+
+class PowerCut(BaseException):
+    """Nothing that a program would catch."""
+
+
+def half_of_it(tensors, path):
+    path.write_bytes(b"half")
+    raise PowerCut
+
+
+def at_once(*_):
+    raise PowerCut
+
+
+@pytest.mark.parametrize("where, fail", [("save_file", half_of_it), ("write_text", at_once)])
+@pytest.mark.parametrize("step", [3, 2])  # a new one, and one that is there already
+def test_a_save_that_fails_midway_leaves_the_earlier_checkpoints(checkpoints, monkeypatch, where, fail, step):
+    for earlier in (1, 2):
+        save(checkpoints, earlier, best=earlier == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, where, fail)
+        with pytest.raises(PowerCut):
+            save(checkpoints, step, best=True)
+    assert steps(checkpoints) == [1, 2]
+    assert checkpoints.find("last").name == "step-00000002.safetensors"
+    assert checkpoints.find("best").name == "step-00000001.safetensors"
+    assert not [name for name in files(checkpoints) if "partial" in name]
+    save(checkpoints, 3)
+    assert checkpoints.find("last").name == "step-00000003.safetensors"
+
+
+@pytest.mark.parametrize("failing_call", range(1, 20))
+def test_whichever_call_of_the_system_fails_a_complete_checkpoint_is_found(checkpoints, monkeypatch, failing_call):
+    checkpoints.keep_last = 1
+    for step in (1, 2):
+        save(checkpoints, step, best=step == 1)
+    calls = 0
+
+    def fails_at_last(function):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls == failing_call:
+                raise PowerCut
+            return function(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        functions = {name: fails_at_last(getattr(os, name)) for name in ("open", "fsync", "replace")}
+        patch.setattr(checkpoint, "os", SimpleNamespace(**{**vars(os), **functions}))
+        patch.setattr(checkpoint.Path, "unlink", fails_at_last(checkpoint.Path.unlink))
+        patch.setattr(checkpoint.Path, "symlink_to", fails_at_last(checkpoint.Path.symlink_to))
+        try:
+            save(checkpoints, 3)
+        except PowerCut:
+            pass
+        else:
+            assert failing_call > calls
+    tensors, meta = read(checkpoints.find("last"))
+    assert meta["step"] in (2, 3)
+    assert tensors["model.w"][0] == meta["step"]
+    assert read(checkpoints.find("best"))[1]["step"] == 1
+
+
+def test_a_file_is_flushed_before_it_is_moved_into_place(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("flush"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("move"), replace(*paths)))
+    write_atomically(tmp_path / "file", lambda partial: partial.write_text("new"))
+    assert events == ["flush", "move", "flush"]  # file, then its name in the directory
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_file_is_whole_at_every_moment(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(partial):
+        partial.write_text("n")
+        assert path.read_text() == "old"
+        assert partial.parent == path.parent  # elsewhere could be another file system, where no move is atomic
+        partial.write_text("new")
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,147 @@
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import Corpus
+from local_attention.training import closing
+from local_attention.training.closing import continue_command, interrupted, say_what_next, score_splits, summarise
+from local_attention.training.command import quoted
+from local_attention.training.evaluate import Score
+from local_attention.training.state import RunState
+from tests.training.toys import composed
+
+TEXT = ("data.path", "data.dir", "run_dir", "resume")  # as in train.py
+
+
+@pytest.fixture(autouse=True)
+def hear_the_log(caplog):
+    caplog.set_level("INFO", logger="train")
+
+
+@pytest.fixture
+def state(clock):
+    state = RunState(50, 1.5, step=40, bytes_seen=8000, train_s=16.0, earlier_s=10.0)
+    clock.now += 10
+    return state
+
+
+class Log(list):
+    """Stands in for a ``RunLog``."""
+
+    def record(self, kind, state, **values):
+        self.append((kind, state.step, values))
+
+
+SCORES = {"val": Score(2.5, 100), "test": Score(2.25, 90)}
+
+
+def test_the_summary_has_these_keys_and_values(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(closing, "peak_memory_bytes", lambda: 123456789)
+    summarise(tmp_path, state, SCORES)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "steps": 40,
+        "bytes_seen": 8000,
+        "val_bpb": 2.5,
+        "test_bpb": 2.25,
+        "bytes_per_s": 500.0,  # in steps alone
+        "peak_memory_bytes": 123456789,
+        "wall_s": 20.0,
+    }
+
+
+def test_the_summary_is_said_in_a_line(tmp_path, state, caplog):
+    summarise(tmp_path, state, SCORES)
+    assert "40 steps, 8,000 bytes in 0:20, 500 bytes/s while training" in caplog.text
+
+
+def test_all_of_validation_and_test_is_scored_recorded_and_said(state, caplog):
+    corpus = Corpus("some", np.arange(200, dtype=np.uint8))
+    seen, log = [], Log()
+
+    def evaluator(data, start, stop, progress):
+        seen.append((data is corpus.bytes, start, stop, list(progress([1, 2]))))
+        return SCORES["val" if start == 180 else "test"]
+
+    assert score_splits(evaluator, corpus, state, log) == SCORES
+    assert seen == [(True, 180, 190, [1, 2]), (True, 190, 200, [1, 2])]
+    assert log == [
+        ("eval", 40, {"split": split, "bpb": bpb, "bytes_scored": scored, "whole_split": True})
+        for split, bpb, scored in (("val", 2.5, 100), ("test", 2.25, 90))
+    ]
+    assert "test: 2.2500 bpb" in caplog.messages
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_scoring_shows_a_bar_on_a_terminal_only(state, monkeypatch, terminal):
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+
+    def evaluator(data, start, stop, progress):
+        list(progress([1, 2]))
+        return SCORES["val"]
+
+    score_splits(evaluator, Corpus("some", np.arange(200, dtype=np.uint8)), state, Log())
+    assert ("0/2" in shown.getvalue()) is terminal
+
+
+# The command that goes on
+
+
+def config_of(command):
+    """What Hydra makes of a shell's command line."""
+    python, program, *arguments = shlex.split(command)
+    assert (python, program) == ("python", "train.py")
+    return composed("train", *(quoted(argument, TEXT) for argument in arguments))
+
+
+@pytest.mark.parametrize("run_dir", ["runs/a", "runs/it's a, ${b} & $HOME"])
+def test_a_continued_run_keeps_its_overrides_and_gets_its_directory(run_dir):
+    begun = ["experiment=quickstart", "model.dim=64", "data.path=my 'file', too", "run_dir=old", "resume=old/best"]
+    begun = [quoted(argument, TEXT) for argument in begun]  # as Hydra's overrides hold them
+    wanted = config_of(shlex.join(["python", "train.py", *begun]))
+    wanted["run_dir"], wanted["resume"] = run_dir, "auto"
+    assert config_of(continue_command(run_dir, begun)) == wanted
+    assert wanted["data"]["path"] == "my 'file', too"
+
+
+def test_changes_take_the_place_of_the_overrides_of_their_keys():
+    overrides = ["train.max_steps=5", "train.max_minutes=1", "seed=3"]
+    command = continue_command(Path("runs/a"), overrides, ["train.max_steps=10"])
+    assert shlex.split(command)[2:] == [
+        *("train.max_minutes=1", "seed=3", "run_dir=runs/a", "resume=auto", "train.max_steps=10")
+    ]
+
+
+def test_an_interrupted_run_says_where_it_was_saved_and_how_to_go_on(state, caplog):
+    state.signal = 2
+    assert interrupted(Path("runs/a"), state, ["seed=3"]) == 130
+    assert caplog.messages == [
+        "interrupted: saved step 40 in runs/a/checkpoints",
+        "continue:  python train.py seed=3 run_dir=runs/a resume=auto",
+    ]
+    state.signal = 15
+    assert interrupted(Path("runs/a"), state, []) == 143
+
+
+@pytest.mark.parametrize(
+    "limits, longer",
+    [
+        ((50, 1.5), "train.max_steps=100 train.max_minutes=3"),
+        ((50, None), "train.max_steps=100"),
+        ((None, 0.25), "train.max_minutes=0.5"),
+    ],
+)
+def test_three_commands_are_said_at_the_end_the_last_for_a_run_twice_as_long(caplog, limits, longer):
+    say_what_next("runs/a b", RunState(*limits), ["seed=3", "train.max_steps=50"])
+    kept = "seed=3" if limits[0] else "seed=3 train.max_steps=50"
+    assert caplog.messages == [
+        "sample:    python generate.py run='runs/a b' prompt=\"The \"",
+        "curves:    tensorboard --logdir 'runs/a b'",
+        f"continue:  python train.py {kept} 'run_dir=runs/a b' resume=auto {longer}",
+    ]

@@ -1,0 +1,209 @@
+import os
+import re
+import sys
+
+import pytest
+from hydra.errors import HydraException
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DataError
+from local_attention.training import command as module
+from local_attention.training.checkpoint import CheckpointError
+from local_attention.training.command import command, explain, quoted, status_of
+from local_attention.training.config import GenerateConfig, RunConfig
+from local_attention.training.errors import RunError, UsageError
+from tests.training.toys import ROOT, composed, examples
+
+# Texts on the command line
+
+TEXT = st.text(st.sampled_from("'\"\\${}[]()=,:; ~#@?!*\n\tab1") | st.characters(codec="utf-8"), max_size=12)
+QUOTED = r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\""  # one text in quotes: taken without them
+
+
+@given(texts=st.lists(TEXT, min_size=8, max_size=8))
+@example(['"Hello," she said. "Bye."', "'a' b 'c'", "'", "''", "'a\\'", '"a\\"', "it's", "a\\"])
+@example(["", " a ", "== a, b ==", "${prompt}", "\\${a}", "${", "a\\\\", "[1, 2]"])
+@examples(60)
+def test_hydra_gives_a_quoted_text_back_as_it_was(texts):
+    texts = [text for text in texts if text not in ("null", "???") and not re.fullmatch(QUOTED, text, re.DOTALL)]
+    keys = [f"key{i}" for i in range(len(texts))]
+    arguments = [quoted(f"{key}={text}", keys) for key, text in zip(keys, texts)]
+    config = composed("generate", *(f"+{argument}" for argument in arguments))
+    assert [config[key] for key in keys] == texts
+
+
+@pytest.mark.parametrize("value", ["null", "'a, b'", '"a, b"', "'it\\'s'", "''"])
+def test_null_and_a_text_in_quotes_stay_as_they_are(value):
+    assert quoted(f"prompt={value}", ["prompt"]) == f"prompt={value}"
+
+
+@pytest.mark.parametrize("argument", ["length=5", "promptly=a, b", "--help", "prompt", "+prompt=a, b", "~prompt"])
+def test_other_arguments_stay_as_they_are(argument):
+    assert quoted(argument, ["prompt"]) == argument
+
+
+# Statuses
+
+
+def status_and_line(capsys, error):
+    """What a task that raises ``error`` leads to."""
+
+    def task(config):
+        raise error
+
+    status = status_of(task, None)
+    return status, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (UsageError("expected this"), 2),
+        (CheckpointError("expected this"), 2),
+        (DataError("expected this"), 2),
+        (RunError("expected this"), 1),
+    ],
+)
+def test_an_error_for_a_person_is_one_line_and_its_status(capsys, error, status):
+    assert status_and_line(capsys, error) == (status, "error: expected this\n")
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2),
+        (IsADirectoryError(21, "Is a directory", "a.txt"), 2),
+        (NotADirectoryError(20, "Not a directory", "a.txt"), 2),
+        (PermissionError(13, "Permission denied", "a.txt"), 1),
+        (OSError(28, "No space left on device", "a.txt"), 1),
+    ],
+)
+def test_an_error_of_the_system_names_the_file(capsys, error, status):
+    assert status_and_line(capsys, error) == (status, f"error: a.txt: {error.strerror}\n")
+
+
+def test_an_error_of_the_system_without_a_file_is_its_text(capsys):
+    assert status_and_line(capsys, OSError("no device")) == (1, "error: no device\n")
+
+
+def test_an_interrupted_task_has_status_130(capsys):
+    assert status_and_line(capsys, KeyboardInterrupt()) == (130, "error: interrupted\n")
+
+
+def test_a_reader_that_has_enough_is_no_error(capsys, tmp_path, monkeypatch):
+    with (tmp_path / "stdout").open("w") as stdout:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert status_and_line(capsys, BrokenPipeError(32, "Broken pipe"))[0] == 141
+        os.write(stdout.fileno(), b"to nobody")  # as the interpreter does at its end
+    assert (tmp_path / "stdout").read_bytes() == b""
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ValueError("a bug"), SystemExit(7)])
+def test_any_other_exception_passes_with_its_traceback(error):
+    def task(config):
+        raise error
+
+    with pytest.raises(type(error)):
+        status_of(task, None)
+
+
+@pytest.mark.parametrize("status", [None, 130])
+def test_the_status_of_a_task_that_returns_is_what_it_returns(status):
+    assert status_of(lambda config: status, None) == status
+
+
+@pytest.mark.parametrize("error", [UsageError("a\nb"), FileNotFoundError(2, "No such file or directory", "a\nb")])
+def test_an_error_is_one_line_though_the_value_it_names_has_several(capsys, error):
+    assert status_and_line(capsys, error)[1].count("\n") == 1
+
+
+# Errors of Hydra's
+
+
+def explanation(override):
+    with pytest.raises((HydraException, OmegaConfBaseException)) as error:
+        composed("train", override)
+    line = explain(error.value, RunConfig)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("model=huge", "model=huge: expected one of base, small, tiny"),
+        ("optimizer=sgd", "optimizer=sgd: expected one of "),
+        ("experiment=nothing", "experiment=nothing: expected one of enwik8_base, quickstart"),
+        ("train.seqlen=5", "train.seqlen: no such key; did you mean train.seq_len?"),
+        ("seq_len=5", "seq_len: no such key; did you mean train.seq_len?"),
+        ("xyz=5", "xyz: no such key; --help lists them"),
+    ],
+)
+def test_an_unknown_key_or_group_is_one_line_that_names_what_there_is(override, line):
+    assert explanation(override).startswith(line)
+
+
+@pytest.mark.parametrize("override, shown", [("a b", "a b"), ("seed=1,2", "seed=1,2"), ("train.seq_len=[1", "[1")])
+def test_what_hydra_cannot_read_is_one_line_that_shows_it(override, shown):
+    assert shown in explanation(override)
+
+
+@pytest.mark.parametrize("override", ["modell=small", "optimiser=adam"])
+def test_a_mistyped_group_is_answered_with_the_group(override):
+    group = {"modell": "model", "optimiser": "optimizer"}[override.split("=")[0]]
+    assert re.search(rf"did you mean {group}\b(?!\.)", explanation(override))
+
+
+# The whole
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Runs a command line of ``generate.yaml`` or ``train.yaml`` and returns its status."""
+    for name in ("HYDRA_FULL_ERROR", "GLOG_v"):  # put back at the end
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(module, "deliver_to_python", lambda: None)  # no thread that takes the signals of the tests
+
+    def run(task, *arguments, name="generate", schema=GenerateConfig):
+        namespace = {"__file__": str(ROOT / f"{name}.py"), "__name__": "program", "task": task}
+        exec("def main(config):\n    return task(config)", namespace)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        try:
+            command(name, schema, text=("prompt",))(namespace["main"])()
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return run
+
+
+def test_a_command_gets_what_the_command_line_says(program):
+    seen = []
+    assert program(seen.append, "run=a", "prompt=it's, ${b}", "length=5") is None
+    assert (seen[0].run, seen[0].prompt, seen[0].length) == ("a", "it's, ${b}", 5)
+
+
+def test_a_command_ends_with_the_status_of_its_task(program):
+    assert program(lambda config: 143) == 143
+
+
+def test_an_error_within_the_task_keeps_its_status(program, capsys):
+    def task(config):
+        raise UsageError("expected this")
+
+    assert program(task) == 2
+    assert capsys.readouterr().err == "error: expected this\n"
+
+
+@pytest.mark.parametrize("argument", ["xyz=5", "a b", "model=huge", "model=null", "experiment=null", "=5"])
+def test_a_command_line_that_hydra_refuses_is_one_line_and_status_2(program, capsys, argument):
+    def task(config):
+        raise AssertionError("the task began")
+
+    assert program(task, argument, name="train", schema=RunConfig) == 2
+    assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)

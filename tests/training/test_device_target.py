@@ -1,0 +1,50 @@
+import resource
+import sys
+from types import SimpleNamespace
+
+import mindspore as ms
+import pytest
+
+from local_attention.training import device
+from local_attention.training.device import peak_memory_bytes, use_device
+from local_attention.training.errors import UsageError
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What MindSpore is asked for."""
+    asked = []
+    monkeypatch.setattr(ms, "set_context", lambda **options: asked.append(options))
+    monkeypatch.setattr(ms, "set_device", lambda target: asked.append(target))
+    return asked
+
+
+@pytest.mark.parametrize("target", ["CPU", "GPU", "Ascend"])
+def test_static_graphs_are_compiled_for_the_target(asked, target):
+    use_device(target)
+    assert asked == [{"mode": ms.GRAPH_MODE}, target]
+
+
+def test_auto_leaves_the_target_to_mindspore(asked):
+    use_device("auto")
+    assert asked == [{"mode": ms.GRAPH_MODE}]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_target_that_mindspore_refuses_is_a_mistake_of_usage_in_one_line(asked, monkeypatch, kind):
+    def refuse(target):
+        raise kind("Unsupported device.\n\n----\n- The C++ call stack")
+
+    monkeypatch.setattr(ms, "set_device", refuse)
+    with pytest.raises(UsageError) as error:
+        use_device("GPU")
+    assert str(error.value).startswith("device.target=GPU cannot be used")
+    assert str(error.value).endswith(": Unsupported device.")
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
+    usage = {resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=5000)}
+    monkeypatch.setattr(device.resource, "getrusage", usage.get)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert peak_memory_bytes() == 5000 * unit

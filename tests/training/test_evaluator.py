@@ -1,0 +1,186 @@
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mindspore import Tensor
+
+from local_attention.training.evaluate import Evaluator, windows
+from tests.training.toys import examples, log_softmax, tiny_transformer
+
+SEQ_LEN = 16
+DATA = np.random.default_rng(0).integers(0, 256, 150, dtype=np.uint8)
+
+
+@st.composite
+def stretches(draw):
+    first, length, seq_len = draw(st.integers(0, 50)), draw(st.integers(1, 300)), draw(st.integers(1, 40))
+    return first, first + length, seq_len, draw(st.integers(1, seq_len))
+
+
+@given(stretches())
+@examples(300)
+def test_each_label_is_scored_once_and_in_order(stretch):
+    first, stop, _, _ = stretch
+    scored = [label for _, begin, end in windows(*stretch) for label in range(begin, end)]
+    assert scored == list(range(first, stop))
+
+
+@given(stretches())
+@examples(300)
+def test_later_windows_have_full_context(stretch):
+    first, stop, seq_len, stride = stretch
+    start, begin, end = next(windows(*stretch))
+    assert (start, begin, end) == (first, first, min(first + seq_len, stop))
+    for start, begin, end in list(windows(*stretch))[1:]:
+        assert start <= begin - (seq_len - stride)
+        assert begin < end <= min(start + seq_len, stop)
+
+
+# A real model.
+
+
+@pytest.fixture(scope="module")
+def model():
+    ms.set_seed(0)
+    return tiny_transformer().set_train(False)
+
+
+@pytest.fixture(scope="module")
+def evaluators(model):
+    """Two batch sizes, none of which divides the numbers of windows."""
+    return {batch_size: Evaluator(model, SEQ_LEN, batch_size) for batch_size in (1, 5)}
+
+
+@pytest.fixture(scope="module")
+def log_p(model):
+    """The model's log probabilities after each byte of windows, ``(windows, SEQ_LEN) -> (windows, SEQ_LEN, 256)``."""
+
+    def log_p(inputs):
+        ms.set_context(mode=ms.PYNATIVE_MODE)  # any number of windows without compiling
+        logits = model(Tensor(inputs, ms.int32)).asnumpy()
+        ms.set_context(mode=ms.GRAPH_MODE)
+        return log_softmax(logits)
+
+    return log_p
+
+
+def definition(log_p, start, stop, stride):
+    """Bits per byte, label by label: each in the earliest window that holds it."""
+    text = np.concatenate([[10], DATA]).astype(np.int64)  # the byte before DATA[i] is text[i]
+    rows, places, labels = [], [], []
+    for label in range(start, stop):
+        i = label - start
+        window = 0 if i < SEQ_LEN else -(-(i - SEQ_LEN + 1) // stride)
+        begin = start + window * stride
+        row = np.zeros(SEQ_LEN, np.int64)
+        known = text[begin : label + 1]
+        row[: known.size] = known
+        rows.append(row)
+        places.append(known.size - 1)
+        labels.append(DATA[label])
+    chosen = log_p(np.array(rows))[np.arange(len(rows)), places, labels]
+    return -chosen.mean() / math.log(2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("stride", [None, SEQ_LEN, 5, 1])
+@pytest.mark.parametrize("start, stop", [(0, 1), (0, 37), (3, 3 + SEQ_LEN), (7, 90)])
+def test_the_score_is_the_mean_over_all_bytes_of_the_stretch(evaluators, log_p, start, stop, stride, batch_size):
+    score = evaluators[batch_size](DATA, start, stop, stride)
+    assert score.bytes_scored == stop - start
+    assert score.bpb == pytest.approx(definition(log_p, start, stop, stride or SEQ_LEN), abs=1e-5)
+
+
+def test_a_shorter_stride_gives_bytes_more_context(evaluators, log_p):
+    scores = {stride: evaluators[5](DATA, 7, 90, stride).bpb for stride in (16, 5)}
+    assert abs(scores[16] - scores[5]) > 1e-4  # else the test above could not tell strides apart
+
+
+# A fake model: which bytes go where.
+
+
+class FakeModel:
+    training = True
+
+    def set_train(self, mode=True):
+        self.training = mode
+        return self
+
+
+def fake_evaluator():
+    """An evaluator whose model charges each label its value in bits, and keeps the inputs that it saw."""
+    evaluator = Evaluator(FakeModel(), SEQ_LEN, 3)
+    evaluator.inputs, evaluator.modes = [], []
+
+    def token_losses(inputs, labels):
+        evaluator.inputs.append(inputs.asnumpy())
+        evaluator.modes.append(evaluator.model.training)
+        bits = np.where(labels.asnumpy() == 0, np.nan, labels.asnumpy())  # 0: padding, as no byte of the data is 0
+        return Tensor(bits * math.log(2), ms.float32)
+
+    evaluator.token_losses = token_losses
+    return evaluator
+
+
+@pytest.fixture
+def fake():
+    return fake_evaluator()
+
+
+COUNT = np.arange(1, 200, dtype=np.uint8)
+
+
+@given(start=st.integers(0, 100), length=st.integers(1, 99), stride=st.integers(1, SEQ_LEN))
+@examples(50)
+def test_padding_and_missing_windows_are_not_counted(start, length, stride):
+    score = fake_evaluator()(COUNT, start, start + length, stride)
+    assert score.bytes_scored == length
+    assert score.bpb == pytest.approx(COUNT[start : start + length].mean(), rel=1e-6)
+
+
+def test_the_first_byte_is_predicted_from_the_byte_before_the_stretch(fake):
+    fake(COUNT, 50, 60)
+    assert list(fake.inputs[0][0, :10]) == list(COUNT[49:59])
+
+
+def test_the_first_byte_of_the_data_is_predicted_from_a_newline(fake):
+    fake(COUNT, 0, 5)
+    assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
+
+
+def test_all_calls_have_one_shape_so_that_one_graph_does(fake):
+    fake(COUNT, 0, 5)
+    fake(COUNT, 3, 150, 7)
+    assert {inputs.shape for inputs in fake.inputs} == {(3, SEQ_LEN)}
+
+
+def test_progress_sees_each_batch(fake):
+    seen = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append(len(batch))
+            yield batch
+
+    fake(COUNT, 0, 7 * SEQ_LEN, progress=progress)
+    assert seen == [3, 3, 1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_scores_in_evaluation_mode_and_is_put_back(fake, training):
+    fake.model.training = training
+    fake(COUNT, 0, 100)
+    assert set(fake.modes) == {False}
+    assert fake.model.training is training
+
+
+@pytest.mark.parametrize(
+    "start, stop, stride", [(5, 5, None), (6, 5, None), (0, 9, SEQ_LEN + 1), (0, 9, -1), (0, 9, 0)]
+)
+def test_an_empty_stretch_and_a_stride_out_of_range_are_refused(fake, start, stop, stride):
+    with pytest.raises(ValueError, match=r"expected start < stop and a stride of 1 … 16, got"):
+        fake(COUNT, start, stop, stride)
+    assert not fake.inputs

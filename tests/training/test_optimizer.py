@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, ParameterTuple, Tensor
+
+from local_attention.training.config import OptimizerConfig
+from local_attention.training.optimizer import build_optimizer, is_decayed
+from tests.training.toys import tiny_transformer
+
+CONFIG = OptimizerConfig(name="adamw", lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
+SHAPES = {
+    "layers.0.attention.to_q.weight": (3, 4),
+    "token_emb.embedding_table": (5, 4),
+    "norm.gamma": (1, 4),
+    "some.bias": (4,),
+}
+DECAYED = {"layers.0.attention.to_q.weight"}
+RATES = [0.05, 0.05, 0.02, 0.1, 0.01]
+RNG = np.random.default_rng(0)
+START = {name: RNG.uniform(0.5, 1, shape) for name, shape in SHAPES.items()}
+GRADIENTS = [{name: RNG.standard_normal(shape) * 0.01 for name, shape in SHAPES.items()} for _ in RATES]
+
+
+def definition(config, rates):
+    """The weights after a step with each of ``rates``, by the papers' formulas (algorithms 1 and 2), in float64."""
+    weights = {name: value.copy() for name, value in START.items()}
+    means, squares = ({name: 0.0 for name in SHAPES} for _ in range(2))
+    for step, (rate, gradients) in enumerate(zip(rates, GRADIENTS), 1):
+        for name, gradient in gradients.items():
+            means[name] = config.beta1 * means[name] + (1 - config.beta1) * gradient
+            squares[name] = config.beta2 * squares[name] + (1 - config.beta2) * gradient**2
+            if config.name == "adamw" and name in DECAYED:
+                weights[name] *= 1 - rate * config.weight_decay
+            mean, square = means[name] / (1 - config.beta1**step), squares[name] / (1 - config.beta2**step)
+            weights[name] -= rate * mean / (np.sqrt(square) + config.eps)
+    return weights
+
+
+def trained(config, rates):
+    parameters = [Parameter(Tensor(value, ms.float32), name=name) for name, value in START.items()]
+    optimizer = build_optimizer(config, ParameterTuple(parameters))
+    for rate, gradients in zip(rates, GRADIENTS):
+        if rate is not None:
+            optimizer.learning_rate.set_data(Tensor(rate, ms.float32))
+        optimizer(tuple(Tensor(gradients[name], ms.float32) for name in SHAPES))
+    return {parameter.name: parameter.asnumpy() for parameter in parameters}
+
+
+def assert_same(weights, wanted):
+    for name in SHAPES:
+        np.testing.assert_allclose(weights[name], wanted[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("change", [{}, {"beta1": 0.5}, {"beta2": 0.8}, {"eps": 0.03}, {"weight_decay": 0.9}])
+def test_steps_are_those_of_the_papers_with_each_option(name, change):
+    config = replace(CONFIG, name=name, **change)
+    assert_same(trained(config, RATES), definition(config, RATES))
+
+
+@pytest.mark.parametrize("change", [{"beta1": 0.5}, {"beta2": 0.8}, {"eps": 0.03}, {"weight_decay": 0.9}])
+def test_the_definition_tells_the_options_apart(change):
+    changed, unchanged = definition(replace(CONFIG, **change), RATES), definition(CONFIG, RATES)
+    assert max(abs(changed[name] - unchanged[name]).max() for name in SHAPES) > 1e-3
+
+
+def test_lr_is_the_rate_until_another_is_set():
+    rates = [CONFIG.lr] * 2
+    assert_same(trained(CONFIG, [None] * 2), definition(CONFIG, rates))
+
+
+def test_adam_ignores_weight_decay():
+    adam = replace(CONFIG, name="adam")
+    assert_same(trained(adam, RATES), trained(replace(adam, weight_decay=0.0), RATES))
+
+
+def test_matrices_of_linear_layers_decay_and_nothing_else():
+    names = {parameter.name for parameter in tiny_transformer().trainable_params() if is_decayed(parameter)}
+    layer = {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out"}
+    layer |= {"feed_forward.to_value", "feed_forward.to_gate", "feed_forward.to_out"}
+    assert names == {f"layers.0.{name}.weight" for name in layer} | {"to_logits.weight"}

@@ -1,0 +1,272 @@
+import types
+import typing
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from local_attention.training.config import (
+    GENERATE_RANGES,
+    RUN_RANGES,
+    GenerateConfig,
+    ModelConfig,
+    RunConfig,
+    as_dict,
+    generate_config,
+    keys_of,
+    run_config,
+    type_at,
+    typed,
+    unknown_key,
+)
+from local_attention.training.errors import UsageError
+from tests.training.toys import CONFIGS
+
+INF, NAN = float("inf"), float("nan")
+PRESETS = {"train": (RunConfig, run_config, {}), "generate": (GenerateConfig, generate_config, {"run": "runs/a"})}
+
+# key: values that are refused, values at the edge that are not
+COUNT = [0, -1], [1]
+NUMBER = [0.0, -0.5, INF, NAN], [1e-9]
+FROM_0 = [-1], [0]
+DECAY_RATE = [-0.1, 1.0, NAN], [0.0, 0.999]
+FRACTION = [-0.01, 1.01, NAN], [0.0, 1.0]
+SEED = [-1, 2**32], [0, 2**32 - 1]
+TARGET = ["cpu", "TPU", ""], ["auto", "CPU", "GPU", "Ascend"]
+EDGES = {
+    "train": {
+        "data.source": (["wikitext", ""], ["enwik8", "stdlib"]),
+        "data.fallback": (["file", ""], ["stdlib", None]),
+        "data.max_bytes": ([0, -1], [1, None]),
+        "model.num_tokens": ([255, 0, -1], [256, 300]),
+        "model.max_seq_len": ([0, -1], [1024]),
+        **{f"model.{key}": COUNT for key in ("dim", "depth", "heads", "local_attn_window_size")},
+        "model.dim_head": ([0, -2], [2]),
+        "model.ff_mult": ([0.0, -1.0, 0.5, INF, NAN], [1.0]),
+        "model.look_backward": FROM_0,
+        "optimizer.name": (["sgd", "Adam", ""], ["adam", "adamw"]),
+        "optimizer.lr": NUMBER,
+        "optimizer.beta1": DECAY_RATE,
+        "optimizer.beta2": DECAY_RATE,
+        "optimizer.eps": NUMBER,
+        "optimizer.weight_decay": ([-0.1, INF, NAN], [0.0]),
+        "schedule.name": (["linear", ""], ["constant", "cosine", "wsd"]),
+        "schedule.warmup_steps": FROM_0,
+        "schedule.decay_fraction": FRACTION,
+        "schedule.final_fraction": FRACTION,
+        "train.seq_len": ([0, -256], [256]),
+        **{f"train.{key}": COUNT for key in ("batch_size", "grad_accum_every", "max_steps")},
+        **{f"train.{key}": NUMBER for key in ("max_minutes", "clip_norm")},
+        **{f"train.{key}": COUNT for key in ("log_every", "eval_every", "eval_bytes", "checkpoint_every")},
+        **{f"train.{key}": COUNT for key in ("keep_last", "generate_every", "generate_length")},
+        "device.target": TARGET,
+        "seed": SEED,
+    },
+    "generate": {
+        "length": COUNT,
+        "temperature": ([-0.1, INF, NAN], [0.0]),
+        "top_k": ([0, -1], [1, None]),
+        "top_p": ([0.0, -0.1, 1.01, NAN], [1e-9, 1.0, None]),
+        "num_samples": COUNT,
+        "seed": SEED,
+        "device.target": TARGET,
+    },
+}
+REFUSED = [(name, key, value) for name, edges in EDGES.items() for key, (bad, _) in edges.items() for value in bad]
+ALLOWED = [(name, key, value) for name, edges in EDGES.items() for key, (_, good) in edges.items() for value in good]
+LEAVES = [(name, key) for name, (schema, _, _) in PRESETS.items() for key in keys_of(schema)]
+WRONG_TYPES = {
+    int: ["abc", 1.5, True, [1], ""],
+    float: ["abc", True, [1.0], ""],
+    bool: ["maybe", 0.5, [True]],
+    str: [[1]],
+}
+
+
+def options_of(name, key):
+    """The types that a key takes."""
+    annotation = type_at(PRESETS[name][0], key)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return set(typing.get_args(annotation)) if union else {annotation}
+
+
+WRONG = [
+    (name, key, value)
+    for name, key in LEAVES
+    for option in options_of(name, key) - {types.NoneType}
+    for value in WRONG_TYPES[option]
+]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """What Hydra composes, by the name of the config."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return {name: compose(name) for name in PRESETS}
+
+
+@pytest.fixture
+def checked(composed):
+    """Checks the config of that name after changing some values."""
+
+    def checked(name, **changes):
+        config = OmegaConf.create(OmegaConf.to_container(composed[name]))
+        OmegaConf.set_struct(config, False)
+        for key, value in {**PRESETS[name][2], **changes}.items():
+            OmegaConf.update(config, key.replace("__", "."), value, merge=False)
+        return PRESETS[name][1](config)
+
+    return checked
+
+
+def message_of(checked, name, **changes):
+    with pytest.raises(UsageError) as error:
+        checked(name, **changes)
+    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+# Ranges
+
+
+def test_every_range_has_its_edges_here():
+    assert EDGES["train"].keys() == RUN_RANGES.keys()
+    assert EDGES["generate"].keys() == GENERATE_RANGES.keys()
+
+
+@pytest.mark.parametrize("name, key, value", REFUSED)
+def test_a_value_out_of_range_is_refused_naming_key_value_and_range(checked, name, key, value):
+    message = message_of(checked, name, **{key: value})
+    assert message.startswith(f"{key}={value}: expected ")
+    assert len(message) > len(f"{key}={value}: expected ")
+
+
+@pytest.mark.parametrize("name, key, value", ALLOWED)
+def test_a_value_at_the_edge_of_its_range_is_allowed(checked, name, key, value):
+    config = checked(name, **{key: value})
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+# Types and keys
+
+
+@pytest.mark.parametrize("name, key, value", WRONG)
+def test_a_value_of_another_type_is_refused_naming_key_and_value(checked, name, key, value):
+    message = message_of(checked, name, **{key: value})
+    assert message.startswith(f"{key}: expected ")
+    assert str(value) in message
+
+
+@pytest.mark.parametrize("name, key", LEAVES)
+def test_null_is_taken_where_a_key_is_optional_and_nowhere_else(checked, name, key):
+    optional = types.NoneType in options_of(name, key)
+    changes = {"run": {"run": "runs/a"}, "train.max_steps": {"train.max_minutes": 1.0}}.get(key, {})
+    if optional and key != "run":
+        checked(name, **{key: None, **changes})
+    else:
+        assert key in message_of(checked, name, **{key: None})
+
+
+def test_whole_numbers_are_numbers(checked):
+    config = checked("train", train__max_minutes=3, optimizer__lr="1e-3")
+    assert (config.train.max_minutes, config.optimizer.lr) == (3.0, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, key, resembling",
+    [
+        ("train", "train.seqlen", "train.seq_len"),
+        ("train", "seq_len", "train.seq_len"),
+        ("train", "model.windowsize", "model.exact_windowsize"),
+        ("train", "optimizer.l_r", "optimizer.lr"),
+        ("train", "resum", "resume"),
+        ("generate", "temprature", "temperature"),
+    ],
+)
+def test_an_unknown_key_is_refused_naming_one_that_resembles_it(checked, name, key, resembling):
+    assert message_of(checked, name, **{key: 1}).endswith(f": no such key; did you mean {resembling}?")
+    assert unknown_key(key, PRESETS[name][0]) == f"{key}: no such key; did you mean {resembling}?"
+
+
+def test_an_unknown_key_that_resembles_none_leads_to_help(checked):
+    assert message_of(checked, "train", xyz=1) == "xyz: no such key; --help lists them"
+
+
+@pytest.mark.parametrize("key", ["train", "device"])
+def test_a_value_in_the_place_of_a_group_is_refused_naming_the_group(checked, key):
+    assert key in message_of(checked, "train", **{key: "some"}).split(":")[0]
+
+
+@pytest.mark.parametrize("name, key", [("generate", "prompt"), ("generate", "run"), ("train", "train.batch_size")])
+def test_omegaconfs_mark_of_a_missing_value_is_not_taken_for_the_default(checked, name, key):
+    assert key in message_of(checked, name, **{key: "???"})
+
+
+# What must go together
+
+
+def test_a_run_needs_an_end(checked):
+    message = message_of(checked, "train", train__max_steps=None, train__max_minutes=None)
+    assert "train.max_steps or train.max_minutes" in message
+    assert checked("train", train__max_steps=None, train__max_minutes=1.0).train.max_steps is None
+    assert checked("train", train__max_steps=5, train__max_minutes=None).train.max_minutes is None
+
+
+def test_a_crop_is_whole_windows(checked):
+    message = message_of(checked, "train", train__seq_len=1000, model__local_attn_window_size=256)
+    assert "train.seq_len=1000 is not a multiple of model.local_attn_window_size=256" in message
+    assert checked("train", train__seq_len=1000, model__local_attn_window_size=250)
+
+
+def test_rotary_embeddings_need_an_even_head(checked):
+    assert "model.dim_head=7 is odd" in message_of(checked, "train", model__dim_head=7)
+    assert checked("train", model__dim_head=7, model__use_rotary_pos_emb=False).model.dim_head == 7
+
+
+def test_learned_positions_reach_as_far_as_a_crop(checked):
+    message = message_of(checked, "train", train__seq_len=512, model__max_seq_len=511)
+    assert "model.max_seq_len=511 is shorter than train.seq_len=512" in message
+    assert checked("train", train__seq_len=512, model__max_seq_len=512)
+    assert checked("train", train__seq_len=512, model__max_seq_len=1, model__use_abs_pos_emb=False)
+
+
+def test_a_file_needs_its_path(checked):
+    assert "data.path=FILE" in message_of(checked, "train", data__source="file")
+    assert checked("train", data__source="file", data__path="a").data.path == "a"
+
+
+def test_generating_needs_a_run(checked):
+    assert "run=runs/" in message_of(checked, "generate", run=None)
+
+
+def test_generating_takes_one_prompt(checked):
+    assert "prompt and prompt_file" in message_of(checked, "generate", prompt="a", prompt_file="b")
+    assert checked("generate", prompt="a").prompt == "a"
+    assert checked("generate", prompt_file="b").prompt_file == "b"
+
+
+# The tree
+
+
+def test_a_config_is_a_tree_of_dataclasses_with_the_values_given(checked):
+    config = checked("train", model__dim=24, train__seq_len=512, seed=3)
+    assert isinstance(config, RunConfig)
+    assert (config.model.dim, config.train.seq_len, config.seed) == (24, 512, 3)
+    assert config.model.max_seq_len == 512  # follows train.seq_len
+    assert as_dict(config)["model"]["dim"] == 24
+    assert typed(RunConfig, as_dict(config)) == config
+
+
+def test_a_part_of_a_config_can_be_rebuilt(checked):
+    model = checked("train").model
+    assert typed(ModelConfig, as_dict(model)) == model
+
+
+def test_keys_are_dotted_and_complete():
+    assert set(keys_of(GenerateConfig)) == {
+        *("run", "checkpoint", "prompt", "prompt_file", "length", "temperature", "top_k", "top_p", "num_samples"),
+        *("seed", "device.target"),
+    }

@@ -1,0 +1,239 @@
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from data import Corpus
+from local_attention.training import run_dir
+from local_attention.training.checkpoint import Checkpoints
+from local_attention.training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    keys_of,
+    run_config,
+)
+from local_attention.training.errors import CheckpointError, UsageError
+from local_attention.training.run_dir import Place, check_same_run, checkpoint_of, find_place
+from tests.training.toys import tiny_transformer
+
+
+@pytest.fixture(autouse=True)
+def empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def made_run(path, *steps, best=None):
+    """A run directory with checkpoints of these steps."""
+    checkpoints = Checkpoints(path / "checkpoints", keep_last=9)
+    for step in steps:
+        checkpoints.save({"model.w": np.zeros(1, np.float32)}, {"step": step}, best=step == best)
+    return path
+
+
+def place(**values):
+    return find_place(RunConfig(**values), "quickstart")
+
+
+def step_of(path):
+    return int(path.stem.removeprefix("step-"))
+
+
+# Where a run writes and what it continues.
+
+
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_without_run_dir_a_new_one_is_named_after_experiment_and_time(resume):
+    found = place(resume=resume)
+    assert re.fullmatch(r"runs/quickstart/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", str(found.run_dir))
+    assert found.checkpoint is None
+    assert found.checkpoints == found.run_dir / "checkpoints"
+    assert not found.run_dir.exists()  # nothing is written yet
+
+
+@pytest.mark.parametrize("resume", ["auto", None])
+def test_a_run_dir_without_checkpoint_is_begun(tmp_path, resume):
+    assert place(run_dir=str(tmp_path / "absent"), resume=resume) == Place(tmp_path / "absent", None)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    assert place(run_dir=str(tmp_path / "empty"), resume=resume) == Place(tmp_path / "empty", None)
+
+
+def test_auto_continues_the_last_checkpoint_of_run_dir(tmp_path):
+    made_run(tmp_path / "a", 1, 2, best=1)
+    found = place(run_dir=str(tmp_path / "a"), resume="auto")
+    assert found.run_dir == tmp_path / "a"
+    assert step_of(found.checkpoint) == 2
+
+
+def test_null_refuses_a_run_dir_that_holds_a_run(tmp_path):
+    made_run(tmp_path / "a", 1)
+    with pytest.raises(UsageError, match=r"a holds a run already: continue it with resume=auto, or name another run_d"):
+        place(run_dir=str(tmp_path / "a"), resume=None)
+
+
+def test_a_run_directory_is_continued_in_place(tmp_path):
+    made_run(tmp_path / "a", 1, 2, best=1)
+    found = place(resume=str(tmp_path / "a"))
+    assert found.run_dir == tmp_path / "a"
+    assert step_of(found.checkpoint) == 2
+
+
+def test_a_run_directory_is_continued_in_another_run_dir(tmp_path):
+    made_run(tmp_path / "a", 1, 2)
+    found = place(resume=str(tmp_path / "a"), run_dir=str(tmp_path / "b"))
+    assert found.run_dir == tmp_path / "b"
+    assert found.checkpoint.parent == (tmp_path / "a/checkpoints").resolve()
+    assert step_of(found.checkpoint) == 2
+
+
+def test_a_run_directory_without_checkpoint_cannot_be_continued(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        place(resume=str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("name, step", [("step-00000001.safetensors", 1), ("best", 1), ("last", 2)])
+def test_a_checkpoint_begins_a_new_run(tmp_path, name, step):
+    file = made_run(tmp_path / "a", 1, 2, best=1) / "checkpoints" / name
+    found = place(resume=str(file))
+    assert str(found.run_dir).startswith("runs/quickstart/")
+    assert step_of(found.checkpoint.resolve()) == step
+    assert place(resume=str(file), run_dir="b").run_dir.name == "b"
+
+
+def test_resume_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"resume=\S*/nothing: no such run directory or checkpoint"):
+        place(resume=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("resume", ["a", "a/checkpoints/step-00000001.safetensors"])
+def test_another_run_in_run_dir_is_not_overwritten_by_a_continued_one(tmp_path, resume):
+    made_run(tmp_path / "a", 1)
+    made_run(tmp_path / "b", 7)
+    with pytest.raises(UsageError, match="b holds a run already"):
+        place(resume=str(tmp_path / resume), run_dir=str(tmp_path / "b"))
+
+
+# Which checkpoint to sample from or score.
+
+
+def test_best_and_last_of_a_run(tmp_path):
+    made_run(tmp_path, 1, 2, best=1)
+    assert step_of(checkpoint_of(tmp_path, "best")) == 1
+    assert step_of(checkpoint_of(str(tmp_path), "last")) == 2
+
+
+def test_any_other_name_is_a_file(tmp_path):
+    assert str(checkpoint_of(tmp_path, "some/step-00000001.safetensors")) == "some/step-00000001.safetensors"
+
+
+def test_a_run_that_is_not_there_or_empty_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing: no such run directory"):
+        checkpoint_of(tmp_path / "nothing", "best")
+    with pytest.raises(CheckpointError, match="holds no checkpoint: was the run ended before the first one"):
+        checkpoint_of(tmp_path, "best")
+
+
+# What must stay the same.
+
+CORPUS = Corpus("some", np.arange(200, dtype=np.uint8))
+CHANGED = {  # key of a run's config: a value other than the default
+    "data.source": "stdlib",
+    "data.path": "elsewhere",
+    "data.dir": "elsewhere",
+    "data.fallback": "stdlib",
+    "data.max_bytes": 5,
+    "model.exact_windowsize": False,
+    "model.use_abs_pos_emb": False,
+    "model.use_rotary_pos_emb": False,
+    "optimizer.name": "adamw",
+    "schedule.name": "wsd",
+    "train.max_minutes": 3.0,
+    "device.target": "CPU",
+    "run_dir": "elsewhere",
+    "resume": "elsewhere",
+}
+FIXED = {key for key in keys_of(RunConfig) if key.startswith("model.")}
+FIXED |= {"seed", "optimizer.name", "train.seq_len", "train.batch_size", "train.grad_accum_every"}
+
+
+def changed(key):
+    """The default config but for one value, and both values."""
+    config = OmegaConf.structured(RunConfig)
+    before = OmegaConf.select(config, key)
+    value = CHANGED[key] if key in CHANGED else before + 3
+    assert value != before
+    OmegaConf.update(config, key, value)
+    return OmegaConf.to_object(config), before, value
+
+
+def saved(config, corpus=CORPUS):
+    """As the metadata of a checkpoint come back from the disk."""
+    return json.loads(json.dumps(run_dir.origin(config, corpus)))
+
+
+@pytest.mark.parametrize("key", sorted(FIXED))
+def test_what_makes_another_run_is_refused_naming_key_and_both_values(key):
+    config, before, now = changed(key)
+    with pytest.raises(UsageError) as error:
+        check_same_run(config, CORPUS, saved(RunConfig()))
+    assert f"{key} was {before} in the run and is {now} now" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", sorted(set(keys_of(RunConfig)) - FIXED))
+def test_anything_else_may_change(key):
+    check_same_run(changed(key)[0], CORPUS, saved(RunConfig()))
+
+
+def test_an_unchanged_config_is_the_same_run():
+    check_same_run(RunConfig(), CORPUS, saved(RunConfig()))
+
+
+def test_other_bytes_are_refused_whatever_they_are_called():
+    other = Corpus("some", CORPUS.bytes[::-1].copy())
+    with pytest.raises(UsageError) as error:
+        check_same_run(RunConfig(), other, saved(RunConfig()))
+    assert f"data.fingerprint was {CORPUS.fingerprint} in the run and is {other.fingerprint} now" in str(error.value)
+
+
+def test_the_same_bytes_under_another_name_are_allowed():
+    check_same_run(RunConfig(), Corpus("other", CORPUS.bytes), saved(RunConfig()))
+
+
+# The directory.
+
+
+def test_config_yaml_can_be_read_back_into_the_same_config(tmp_path):
+    config = RunConfig(
+        data=DataConfig("file", "Bücher/it's 1: #a.txt", max_bytes=10**8),
+        model=ModelConfig(dim=24, use_abs_pos_emb=False, ff_mult=2.5),
+        optimizer=OptimizerConfig("adamw", lr=1e-5, eps=1e-12),
+        schedule=ScheduleConfig("wsd", 7),
+        train=TrainConfig(max_steps=None, max_minutes=1.5),
+        run_dir="null",
+        seed=2**32 - 1,
+    )
+    run_dir.create(tmp_path / "runs/a", config)
+    assert run_config(OmegaConf.load(tmp_path / "runs/a/config.yaml")) == config
+
+
+def test_a_directory_that_is_there_gets_the_config_of_now(tmp_path):
+    run_dir.create(tmp_path, RunConfig())
+    run_dir.create(tmp_path, RunConfig(seed=5))
+    assert run_config(OmegaConf.load(tmp_path / "config.yaml")).seed == 5
+
+
+@pytest.mark.parametrize("checkpoint, word", [(None, "writing"), ("x", "continuing")])
+def test_a_run_says_how_large_it_is_and_where(tmp_path, caplog, checkpoint, word):
+    caplog.set_level("INFO", logger="train")
+    model = tiny_transformer()
+    run_dir.announce(Place(tmp_path, checkpoint), model, replace(TrainConfig(), grad_accum_every=2, batch_size=3))
+    size = sum(parameter.asnumpy().size for parameter in model.trainable_params())
+    assert f"{size:,} parameters; 2 x 3 crops of 1,024 bytes a step; {word} {tmp_path}" in caplog.text

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from local_attention.training.state import RunState
+
+
+def test_progress_is_by_steps(clock):
+    state = RunState(40, None)
+    state.step = 10
+    clock.now += 10**6
+    assert state.progress == 0.25
+
+
+def test_progress_is_by_minutes(clock):
+    state = RunState(None, 2.0)
+    state.step = 10**6
+    clock.now += 30
+    assert state.progress == 0.25
+
+
+@pytest.mark.parametrize("step, seconds, progress", [(30, 30, 0.75), (10, 90, 0.75), (10, 30, 0.25)])
+def test_of_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
+    state = RunState(40, 2.0, step=step)
+    clock.now += seconds
+    assert state.progress == progress
+
+
+@pytest.mark.parametrize("step, seconds, finished", [(39, 119, False), (40, 0, True), (0, 120, True), (41, 500, True)])
+def test_a_run_is_finished_at_either_limit(clock, step, seconds, finished):
+    state = RunState(40, 2.0, step=step)
+    clock.now += seconds
+    assert state.finished is finished
+
+
+@pytest.mark.parametrize(
+    "limits, seconds_left", [((40, None), 60.0), ((None, 2.0), 90.0), ((40, 2.0), 60.0), ((400, 2.0), 90.0)]
+)
+def test_seconds_left_are_those_to_the_nearer_limit(clock, limits, seconds_left):
+    state = RunState(*limits, step=10)
+    clock.now += 30
+    assert state.seconds_left(2.0) == seconds_left
+
+
+def test_seconds_left_are_never_below_0(clock):
+    state = RunState(10, 1.0, step=11)
+    clock.now += 100
+    assert state.seconds_left(2.0) == 0.0
+
+
+def test_wall_s_counts_earlier_sessions_too(clock):
+    state = RunState(10, None, earlier_s=50.0)
+    clock.now += 7
+    assert state.wall_s == 57
+
+
+def test_a_saved_state_comes_back_and_its_clock_goes_on(clock):
+    state = RunState(10, None, step=3, bytes_seen=300, train_s=4.5, earlier_s=50.0, best_val_bpb=2.5, signal=15)
+    clock.now += 7
+    meta = json.loads(json.dumps(state.saved()))
+    clock.now += 1000  # time in which the run stands still
+    other = RunState(20, None)
+    clock.now += 1
+    other.load(meta)
+    assert (other.step, other.bytes_seen, other.train_s, other.best_val_bpb) == (3, 300, 4.5, 2.5)
+    assert other.wall_s == 58
+    assert other.max_steps == 20  # the limit is that of the new session
+    assert other.signal is None
+
+
+def test_the_first_checkpoint_has_no_best_score(clock):
+    other = RunState(20, None)
+    other.load(RunState(10, None).saved())
+    assert other.best_val_bpb is None

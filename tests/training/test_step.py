@@ -1,0 +1,162 @@
+import logging
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from local_attention.training.config import TrainConfig
+from local_attention.training.evaluate import Evaluator
+from local_attention.training.step import TrainStep, compile_step
+from tests.training.toys import (
+    TOKENS,
+    Bigram,
+    BigramDefinition,
+    global_norm,
+    set_weights,
+    tiny_transformer,
+    weights_of,
+)
+
+CROPS = np.random.default_rng(0).integers(0, 256, (4, 2, 17), dtype=np.int32)
+TOY_CROPS = np.random.default_rng(1).integers(0, TOKENS, (2, 3, 9), dtype=np.int32)
+CLIP = 0.15  # below the norm of the toy's first gradients
+
+
+def sgd_step(model, grad_accum_every, clip_norm):
+    """A step of plain stochastic gradient descent, so that the change of the weights is rate times gradient."""
+    return TrainStep(model, nn.SGD(model.trainable_params(), 0.5), grad_accum_every, clip_norm).set_train()
+
+
+def take(step, crops, weights=None):
+    """Loss, norm and rate of one step, and the weights after it."""
+    if weights is not None:
+        set_weights(step.network, weights)
+    outputs = [float(output.asnumpy()) for output in step(Tensor(crops))]
+    return *outputs, weights_of(step.network)
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """Steps of one and of four micro-batches, each with a model of its own."""
+    return {n: sgd_step(tiny_transformer(), n, clip_norm=0.5) for n in (1, 4)}
+
+
+@pytest.fixture(scope="module")
+def unclipped():
+    return sgd_step(Bigram(), 2, clip_norm=1e9)
+
+
+@pytest.fixture(scope="module")
+def clipped():
+    return sgd_step(Bigram(), 2, clip_norm=CLIP)
+
+
+@pytest.fixture(autouse=True)
+def fresh_rate(unclipped, clipped):
+    for step in (unclipped, clipped):
+        step.set_learning_rate(0.5)
+
+
+def definition(weights):
+    return BigramDefinition(weights["table"], weights["bias"])
+
+
+def assert_weights(weights, wanted):
+    for name in wanted:
+        np.testing.assert_allclose(weights[name], wanted[name], atol=1e-6, err_msg=name)
+
+
+def test_four_micro_batches_of_two_equal_one_of_eight(transformers):
+    weights = weights_of(transformers[1].network)
+    for _ in range(2):  # sums of an earlier step must not remain
+        loss, norm, _, after = take(transformers[1], CROPS.reshape(1, 8, 17), weights)
+        loss4, norm4, _, after4 = take(transformers[4], CROPS, weights)
+        assert loss4 == pytest.approx(loss, abs=1e-6)
+        assert norm4 == pytest.approx(norm, abs=1e-6)
+        assert_weights(after4, after)
+        assert any(abs(after[name] - weights[name]).max() > 1e-3 for name in after)
+        weights = after
+
+
+def test_every_micro_batch_counts(transformers):
+    weights = weights_of(transformers[4].network)
+    loss = take(transformers[4], CROPS, weights)[0]
+    for i in range(4):
+        changed = CROPS.copy()
+        changed[i] = 65
+        assert take(transformers[4], changed, weights)[0] != pytest.approx(loss, abs=1e-3)
+
+
+def test_an_evaluation_between_two_steps_recompiles_neither(transformers):
+    step = transformers[4]
+    take(step, CROPS)
+    evaluator = Evaluator(step.network.model, seq_len=16, batch_size=2)
+    data = CROPS.reshape(-1).astype(np.uint8)
+    first = evaluator(data, 3, 50)
+    compiled = set(step.compile_cache), set(evaluator.token_losses.compile_cache)
+    take(step, CROPS)
+    second = evaluator(data, 3, 50)
+    assert (step.compile_cache, evaluator.token_losses.compile_cache) == compiled
+    assert second.bpb != first.bpb  # it sees the weights of the moment
+
+
+def test_the_loss_is_the_mean_cross_entropy_in_nats_before_the_update(unclipped):
+    weights = weights_of(unclipped.network)
+    loss, *_ = take(unclipped, TOY_CROPS, weights)
+    assert loss == pytest.approx(definition(weights).loss_and_gradients(TOY_CROPS)[0], abs=1e-6)
+
+
+def test_a_step_moves_the_weights_by_rate_times_the_gradient_of_that_loss(unclipped):
+    weights = weights_of(unclipped.network)
+    for _ in range(2):
+        _, gradients = definition(weights).loss_and_gradients(TOY_CROPS)
+        _, norm, _, after = take(unclipped, TOY_CROPS, weights)
+        assert norm == pytest.approx(global_norm(gradients), rel=1e-5)
+        assert_weights(after, {name: weights[name] - 0.5 * gradients[name] for name in weights})
+        weights = after
+
+
+def test_clipping_scales_the_update_to_the_norm_and_reports_the_norm_before(clipped):
+    weights = weights_of(Bigram())
+    _, gradients = definition(weights).loss_and_gradients(TOY_CROPS)
+    norm = global_norm(gradients)
+    assert norm > 1.2 * CLIP
+    _, reported, _, after = take(clipped, TOY_CROPS, weights)
+    assert reported == pytest.approx(norm, rel=1e-5)
+    assert_weights(after, {name: weights[name] - 0.5 * gradients[name] * CLIP / norm for name in weights})
+
+
+def test_gradients_below_clip_norm_are_left_as_they_are(clipped):
+    weights = {"table": np.zeros((TOKENS, TOKENS)), "bias": np.zeros((1, TOKENS))}
+    crops = np.arange(2 * 3 * 9, dtype=np.int32).reshape(2, 3, 9) % TOKENS  # each token nearly as often as any other
+    weights["table"] += 3 * np.eye(TOKENS)[(np.arange(TOKENS) + 1) % TOKENS]  # and always followed by the next one
+    _, gradients = definition(weights).loss_and_gradients(crops)
+    norm = global_norm(gradients)
+    assert 0.5 * CLIP < norm < CLIP
+    _, _, _, after = take(clipped, crops, weights)
+    assert_weights(after, {name: weights[name] - 0.5 * gradients[name] for name in weights})
+
+
+@pytest.mark.parametrize("rate", [0.125, 2.0])
+def test_a_new_learning_rate_takes_effect_without_compiling_again(unclipped, rate):
+    weights = weights_of(unclipped.network)
+    _, _, _, before = take(unclipped, TOY_CROPS, weights)
+    compiled = set(unclipped.compile_cache)
+    unclipped.set_learning_rate(rate)
+    _, _, returned, after = take(unclipped, TOY_CROPS, weights)
+    assert returned == rate
+    assert_weights(after, {name: weights[name] + (before[name] - weights[name]) * rate / 0.5 for name in weights})
+    assert unclipped.compile_cache == compiled
+
+
+def test_a_compiled_step_takes_the_crops_of_its_config_without_compiling_again(caplog):
+    caplog.set_level(logging.INFO, logger="train")
+    step = sgd_step(Bigram(), 2, clip_norm=1.0).set_train(False)
+    compile_step(step, TrainConfig(grad_accum_every=2, batch_size=3, seq_len=8))
+    assert "compiled the step in" in caplog.text
+    compiled = set(step.compile_cache)
+    assert len(compiled) == 1
+    step(Tensor(TOY_CROPS, ms.int32))
+    assert step.compile_cache == compiled
+    assert step.training

@@ -1,0 +1,115 @@
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from local_attention.training.terminal import ByteOutput, as_text, duration, printable
+from tests.training.toys import examples
+
+
+class Stream(io.TextIOWrapper):
+    """Standard output, as a terminal or as a file."""
+
+    def __init__(self, terminal):
+        super().__init__(io.BytesIO(), encoding="utf-8", newline="")
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+    @property
+    def shown(self):
+        """What has arrived, without flushing."""
+        return self.buffer.getvalue()
+
+
+@pytest.mark.parametrize("text", ["a b", "a\nb\tc", "Grüße 🎈 中"])
+def test_printable_leaves_text_lines_and_tabs(text):
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize("sign", ["\x1b", "\x00", "\r", "\x07", "\x7f", "\x9b", "\u2028", "\u202e", "\u200b"])
+def test_printable_replaces_signs_that_move_the_cursor_or_hide(sign):
+    assert printable(f"a{sign}b") == "a\ufffdb"
+
+
+@given(st.binary(max_size=50))
+@examples(200)
+def test_any_bytes_become_printable_text(data):
+    assert all(c.isprintable() or c in "\n\t" for c in as_text(data))
+
+
+@given(st.text(st.characters(categories=["L", "N", "P"]), max_size=50))
+@examples(100)
+def test_text_is_itself(text):
+    assert as_text(text.encode()) == text
+
+
+def test_what_is_no_utf8_is_replaced():
+    assert as_text(b"a\xffb\xc3") == "a\ufffdb\ufffd"
+    assert as_text([72, 105]) == "Hi"  # tokens
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.6, "1:00"),
+        (75, "1:15"),
+        (3599.7, "1:00:00"),
+        (3700, "1:01:40"),
+        (90000, "25:00:00"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_pipe_gets_the_bytes_as_they_come():
+    stream = Stream(terminal=False)
+    output = ByteOutput(stream)
+    for i, byte in enumerate(b"\xc3\xbc\x1b\xff\x00"):
+        output.write(bytes([byte]))
+        assert stream.shown == b"\xc3\xbc\x1b\xff\x00"[: i + 1]
+    output.end()
+    assert stream.shown == b"\xc3\xbc\x1b\xff\x00"
+
+
+def test_a_terminal_gets_a_character_of_several_bytes_when_it_is_complete():
+    stream = Stream(terminal=True)
+    output = ByteOutput(stream)
+    shown = []
+    for byte in "aü🎈".encode():
+        output.write(bytes([byte]))
+        shown.append(stream.shown.decode())
+    assert shown == ["a", "a", "aü", "aü", "aü", "aü", "aü🎈"]
+
+
+def test_a_terminal_gets_replacements_for_invalid_bytes_and_controls():
+    stream = Stream(terminal=True)
+    output = ByteOutput(stream)
+    for byte in b"a\xffb\x1b[2Jc\xe2\x82d":
+        output.write(bytes([byte]))
+    assert stream.shown.decode() == "a\ufffdb\ufffd[2Jc\ufffdd"
+
+
+def test_the_end_shows_what_was_held_back_and_ends_the_line_of_a_terminal():
+    stream = Stream(terminal=True)
+    output = ByteOutput(stream)
+    output.write(b"a\xe2\x82")
+    output.end()
+    stream.flush()
+    assert stream.shown.decode() == "a\ufffd\n"
+
+
+def test_a_second_sample_begins_afresh():
+    stream = Stream(terminal=True)
+    output = ByteOutput(stream)
+    output.write(b"\xe2\x82")
+    output.end()
+    output.write(b"\xac")
+    output.end()
+    stream.flush()
+    assert stream.shown.decode() == "\ufffd\n\ufffd\n"
