@@ -20,6 +20,8 @@ from local_attention.training.signals import deliver_to_python
 
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
+PLAIN_PATH = re.compile(r"[\w./-]*/[\w./-]*", re.ASCII)
+
 
 def command(config_name, schema, text=()):
     """Decorate ``task(config)``, which returns None or an exit status, so that calling it runs the command line.
@@ -66,7 +68,7 @@ def quoted(argument, text):
     Hydra and OmegaConf take a backslash as an escape only where one or several come before a quote or a ``${``.
     """
     key, separator, value = argument.partition("=")
-    if not separator or key not in text or value == "null" or QUOTED.fullmatch(value):
+    if not separator or key not in text or value == "null" or QUOTED.fullmatch(value) or PLAIN_PATH.fullmatch(value):
         return argument
     special = re.compile(r"(\\*)('|\$\{|\Z)")
     return f"{key}='{special.sub(lambda m: 2 * m[1] + (chr(92) + m[2] if m[2] else ''), value)}'"
