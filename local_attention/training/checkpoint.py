@@ -24,6 +24,9 @@ def write_atomically(path, write):
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         write(partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
