@@ -27,13 +27,14 @@ def main(composed):
 
     decoder, output = Decoder(model), ByteOutput()
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    begin = time.monotonic()
+    begin = None
     for i in range(config.num_samples):
         if config.num_samples > 1:
             print(f"--- sample {i + 1} of {config.num_samples}", file=sys.stderr)
         print(as_text(prompt), end="", file=sys.stderr, flush=True)
         tokens = generate_tokens(decoder, list(prompt or b"\n"), config.length, seed=(config.seed, i), **sampling)
         for (token,) in tokens:
+            begin = begin or time.monotonic()  # after compiling and the first prompt
             output.write(bytes([token]))
         output.end()
     seconds = time.monotonic() - begin
