@@ -18,6 +18,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from local_attention.training.config import unknown_key
 from local_attention.training.signals import deliver_to_python
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
 QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 PLAIN_PATH = re.compile(r"[\w./-]*/[\w./-]*", re.ASCII)
@@ -27,15 +29,13 @@ def command(config_name, schema, text=()):
     """Decorate ``task(config)``, which returns None or an exit status, so that calling it runs the command line.
 
     Args:
-        config_name: the task is called with what Hydra composes from ``configs/{config_name}.yaml`` beside the program.
+        config_name: the task is called with what Hydra composes from ``configs/{config_name}.yaml``.
         schema: the dataclass of that config; its keys are what a mistyped one is compared with.
         text: keys whose values are taken as they are, whatever signs of Hydra's grammar they hold.
     """
 
     def decorate(task):
-        program = Path(task.__globals__["__file__"]).resolve()
-
-        @hydra.main(version_base="1.3", config_path=str(program.parent / "configs"), config_name=config_name)
+        @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
         @wraps(task)
         def run(config):
             try:

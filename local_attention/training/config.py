@@ -3,7 +3,7 @@
 import difflib
 import math
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -120,6 +120,27 @@ class GenerateConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
+@dataclass
+class OtherDataConfig(DataConfig):
+    """Which bytes to score instead of the run's: see :func:`as_trained`."""
+
+    source: str | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What ``scripts/evaluate.py`` scores. None for a size or in ``data``: as in the run; for ``stride``: seq_len."""
+
+    run: str | None = None
+    checkpoint: str = "best"
+    split: str = "test"
+    seq_len: int | None = None
+    stride: int | None = None
+    batch_size: int | None = None
+    data: OtherDataConfig = field(default_factory=OtherDataConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
 # key -> what is allowed there, and how to say it. A value of None is allowed where its type says so, and not checked.
 POSITIVE = (lambda value: value > 0, "a number above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
@@ -135,13 +156,17 @@ def between(low, high):
     return (lambda value: low <= value <= high), f"a number from {low} to {high}"
 
 
+DATA_RANGES = {
+    "data.source": one_of("enwik8", "stdlib", "file"),
+    "data.fallback": one_of("stdlib"),
+    "data.max_bytes": POSITIVE,
+}
+DEVICE_RANGES = {"device.target": one_of("auto", "CPU", "GPU", "Ascend")}
 RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
     **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
     **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
-    "data.source": one_of("enwik8", "stdlib", "file"),
-    "data.fallback": one_of("stdlib"),
-    "data.max_bytes": POSITIVE,
+    **DATA_RANGES,
     "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
     **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head")},
     "model.ff_mult": (lambda value: value >= 1, "1 or more"),
@@ -157,7 +182,7 @@ RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     "schedule.warmup_steps": NOT_NEGATIVE,
     "schedule.decay_fraction": FRACTION,
     "schedule.final_fraction": FRACTION,
-    "device.target": one_of("auto", "CPU", "GPU", "Ascend"),
+    **DEVICE_RANGES,
     "seed": between(0, 2**32 - 1),
 }
 GENERATE_RANGES = {
@@ -167,7 +192,13 @@ GENERATE_RANGES = {
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "num_samples": POSITIVE,
     "seed": between(0, 2**32 - 1),
-    "device.target": one_of("auto", "CPU", "GPU", "Ascend"),
+    **DEVICE_RANGES,
+}
+EVALUATE_RANGES = {
+    "split": one_of("train", "val", "test"),
+    **{key: POSITIVE for key in ("seq_len", "stride", "batch_size")},
+    **DATA_RANGES,
+    **DEVICE_RANGES,
 }
 
 
@@ -197,8 +228,7 @@ def run_config(config):
             f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: "
             "raise it, or use model.use_abs_pos_emb=false"
         )
-    if run.data.source == "file" and not run.data.path:
-        raise UsageError("data=file needs the file: data.path=FILE")
+    require_path(run.data)
     return run
 
 
@@ -211,6 +241,65 @@ def generate_config(config):
     if generate.prompt and generate.prompt_file:
         raise UsageError("expected one of prompt and prompt_file, got both")
     return generate
+
+
+def evaluate_config(config):
+    """Turn what Hydra composed into a checked :class:`EvaluateConfig`; raises :class:`UsageError`."""
+    evaluate = typed(EvaluateConfig, config)
+    check_ranges(evaluate, EVALUATE_RANGES)
+    if not evaluate.run and evaluate.checkpoint in ("best", "last"):
+        raise UsageError(
+            "expected the run to score, such as run=runs/quickstart/2026-01-31_10-00-00, or checkpoint=FILE"
+        )
+    require_path(evaluate.data)
+    return evaluate
+
+
+def require_path(data):
+    if data.source == "file" and not data.path:
+        raise UsageError("data=file needs the file: data.path=FILE")
+
+
+def as_trained(config, meta):
+    """An :class:`EvaluateConfig` without gaps: what ``config`` leaves to the run is as in the checkpoint's metadata.
+
+    A ``data.source`` names other data, the rest of ``data`` with it. Without one, ``data`` holds changes to the data of
+    the run, and a ``data.path`` is that of a file.
+
+    Raises:
+        UsageError: where the metadata do not say, and for lengths that the model or each other do not allow.
+    """
+    model, train = typed(ModelConfig, meta["config"]["model"]), meta["config"].get("train", {})
+    for key in ("seq_len", "batch_size"):
+        if getattr(config, key) is None and key not in train:
+            raise UsageError(f"the checkpoint does not say the {key} of its run: give {key}=NUMBER")
+    seq_len, batch_size = config.seq_len or train["seq_len"], config.batch_size or train["batch_size"]
+    if model.use_abs_pos_emb and seq_len > model.max_seq_len:
+        raise UsageError(
+            f"seq_len={seq_len}: expected at most the model's max_seq_len={model.max_seq_len}, "
+            "as its learned positions end there"
+        )
+    stride = config.stride or seq_len
+    if stride > seq_len:
+        raise UsageError(f"stride={stride}: expected a number from 1 to seq_len={seq_len}, or bytes would be left out")
+    data = {key: value for key, value in as_dict(config.data).items() if value is not None}
+    if "source" not in data:
+        data = {**data_of_run(meta), **data, **({"source": "file"} if "path" in data else {})}
+    if "source" not in data:
+        raise UsageError(
+            "the checkpoint does not say which bytes it was trained on: name those to score with data=enwik8, "
+            "data=stdlib or data=file data.path=FILE"
+        )
+    return replace(config, seq_len=seq_len, stride=stride, batch_size=batch_size, data=typed(DataConfig, data))
+
+
+def data_of_run(meta):
+    """The settings of the bytes that a checkpoint was trained on, nothing else in their place; empty if unknown."""
+    if "data" not in meta:
+        return {}
+    data = meta["config"]["data"]
+    fell_back = data["fallback"] == meta["data"]["name"]
+    return {**data, "source": data["fallback"] if fell_back else data["source"], "fallback": None}
 
 
 def typed(schema, config):

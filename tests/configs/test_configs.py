@@ -11,12 +11,14 @@ from local_attention import LocalAttention, LocalMHA, LocalTransformer
 from local_attention.training.config import (
     DataConfig,
     DeviceConfig,
+    EvaluateConfig,
     GenerateConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     as_dict,
+    evaluate_config,
     generate_config,
     keys_of,
     run_config,
@@ -26,6 +28,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 GROUPS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONFIGS]
+COMMANDS = {"train": "train.py", "generate": "generate.py", "evaluate": "scripts/evaluate.py"}
 EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
 
 
@@ -79,6 +82,19 @@ def test_generate_has_every_key_of_its_dataclass_and_its_defaults():
     assert generate_config(composed) == GenerateConfig(run="a", device=DeviceConfig())
 
 
+def test_evaluate_has_every_key_of_its_dataclass_and_its_defaults():
+    composed = compose("evaluate", ["run=a"])
+    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(EvaluateConfig))
+    assert evaluate_config(composed) == EvaluateConfig(run="a")
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "data"])
+def test_evaluate_takes_the_same_data_as_training(name):
+    overrides = overrides_of("data", name)
+    chosen = as_dict(evaluate_config(compose("evaluate", ["run=a", *overrides])).data)
+    assert chosen == as_dict(run_config(compose("train", overrides)).data)
+
+
 def test_the_keys_of_a_model_are_keyword_arguments_of_the_library():
     known = set()
     for cell in (LocalTransformer, LocalMHA, LocalAttention):
@@ -95,7 +111,8 @@ def test_an_experiment_begins_with_the_command_that_runs_it(name):
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.parent == CONFIGS], ids=identity)
 def test_a_config_of_a_command_begins_with_the_command(file):
-    assert file.read_text().startswith(f"# python {file.stem}.py")
+    assert file.read_text().startswith(f"# python {COMMANDS[file.stem]}")
+    assert (CONFIGS.parent / COMMANDS[file.stem]).exists()
 
 
 # Comments
@@ -125,10 +142,10 @@ def meanings(files):
 @pytest.mark.parametrize("file", FILES, ids=identity)
 def test_each_key_has_a_comment_here_or_where_it_comes_from(file):
     """A key need not be explained again in each file of its folder, nor one whose value is the name of its file."""
-    if file.stem == "generate":
+    if file.stem in ("generate", "evaluate"):
         explained = meanings([file])
     else:
-        explained = meanings(other for other in FILES if other.stem != "generate")
+        explained = meanings(other for other in FILES if other.stem not in ("generate", "evaluate"))
     named = {f"{file.parent.name}.{key}" for key in ("name", "source")}
     lacking = [key for key, _ in documented_keys(file) if key not in explained | named]
     assert not lacking

@@ -14,7 +14,7 @@ from local_attention.training.checkpoint import CheckpointError
 from local_attention.training.command import command, explain, quoted, status_of
 from local_attention.training.config import GenerateConfig, RunConfig
 from local_attention.training.errors import RunError, UsageError
-from tests.training.toys import ROOT, composed, examples
+from tests.training.toys import composed, examples
 
 # Texts on the command line
 
@@ -170,7 +170,7 @@ def program(monkeypatch):
     monkeypatch.setattr(module, "deliver_to_python", lambda: None)  # no thread that takes the signals of the tests
 
     def run(task, *arguments, name="generate", schema=GenerateConfig):
-        namespace = {"__file__": str(ROOT / f"{name}.py"), "__name__": "program", "task": task}
+        namespace = {"__name__": "program", "task": task}
         exec("def main(config):\n    return task(config)", namespace)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         try:

@@ -6,12 +6,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from local_attention.training.config import (
+    EVALUATE_RANGES,
     GENERATE_RANGES,
     RUN_RANGES,
+    DataConfig,
+    EvaluateConfig,
     GenerateConfig,
     ModelConfig,
+    OtherDataConfig,
     RunConfig,
     as_dict,
+    as_trained,
+    evaluate_config,
     generate_config,
     keys_of,
     run_config,
@@ -23,7 +29,11 @@ from local_attention.training.errors import UsageError
 from tests.training.toys import CONFIGS
 
 INF, NAN = float("inf"), float("nan")
-PRESETS = {"train": (RunConfig, run_config, {}), "generate": (GenerateConfig, generate_config, {"run": "runs/a"})}
+PRESETS = {
+    "train": (RunConfig, run_config, {}),
+    "generate": (GenerateConfig, generate_config, {"run": "runs/a"}),
+    "evaluate": (EvaluateConfig, evaluate_config, {"run": "runs/a"}),
+}
 
 # key: values that are refused, values at the edge that are not
 COUNT = [0, -1], [1]
@@ -33,11 +43,14 @@ DECAY_RATE = [-0.1, 1.0, NAN], [0.0, 0.999]
 FRACTION = [-0.01, 1.01, NAN], [0.0, 1.0]
 SEED = [-1, 2**32], [0, 2**32 - 1]
 TARGET = ["cpu", "TPU", ""], ["auto", "CPU", "GPU", "Ascend"]
+DATA = {
+    "data.source": (["wikitext", ""], ["enwik8", "stdlib"]),
+    "data.fallback": (["file", ""], ["stdlib", None]),
+    "data.max_bytes": ([0, -1], [1, None]),
+}
 EDGES = {
     "train": {
-        "data.source": (["wikitext", ""], ["enwik8", "stdlib"]),
-        "data.fallback": (["file", ""], ["stdlib", None]),
-        "data.max_bytes": ([0, -1], [1, None]),
+        **DATA,
         "model.num_tokens": ([255, 0, -1], [256, 300]),
         "model.max_seq_len": ([0, -1], [1024]),
         **{f"model.{key}": COUNT for key in ("dim", "depth", "heads", "local_attn_window_size")},
@@ -69,6 +82,12 @@ EDGES = {
         "top_p": ([0.0, -0.1, 1.01, NAN], [1e-9, 1.0, None]),
         "num_samples": COUNT,
         "seed": SEED,
+        "device.target": TARGET,
+    },
+    "evaluate": {
+        **DATA,
+        "split": (["valid", "Test", ""], ["train", "val", "test"]),
+        **{key: ([0, -1], [1, None]) for key in ("seq_len", "stride", "batch_size")},
         "device.target": TARGET,
     },
 }
@@ -131,8 +150,9 @@ def message_of(checked, name, **changes):
 
 
 def test_every_range_has_its_edges_here():
-    assert EDGES["train"].keys() == RUN_RANGES.keys()
-    assert EDGES["generate"].keys() == GENERATE_RANGES.keys()
+    ranges = {"train": RUN_RANGES, "generate": GENERATE_RANGES, "evaluate": EVALUATE_RANGES}
+    for name, edges in EDGES.items():
+        assert edges.keys() == ranges[name].keys(), name
 
 
 @pytest.mark.parametrize("name, key, value", REFUSED)
@@ -184,6 +204,7 @@ def test_whole_numbers_are_numbers(checked):
         ("train", "optimizer.l_r", "optimizer.lr"),
         ("train", "resum", "resume"),
         ("generate", "temprature", "temperature"),
+        ("evaluate", "strid", "stride"),
     ],
 )
 def test_an_unknown_key_is_refused_naming_one_that_resembles_it(checked, name, key, resembling):
@@ -233,9 +254,10 @@ def test_learned_positions_reach_as_far_as_a_crop(checked):
     assert checked("train", train__seq_len=512, model__max_seq_len=1, model__use_abs_pos_emb=False)
 
 
-def test_a_file_needs_its_path(checked):
-    assert "data.path=FILE" in message_of(checked, "train", data__source="file")
-    assert checked("train", data__source="file", data__path="a").data.path == "a"
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_a_file_needs_its_path(checked, name):
+    assert "data.path=FILE" in message_of(checked, name, data__source="file")
+    assert checked(name, data__source="file", data__path="a").data.path == "a"
 
 
 def test_generating_needs_a_run(checked):
@@ -246,6 +268,98 @@ def test_generating_takes_one_prompt(checked):
     assert "prompt and prompt_file" in message_of(checked, "generate", prompt="a", prompt_file="b")
     assert checked("generate", prompt="a").prompt == "a"
     assert checked("generate", prompt_file="b").prompt_file == "b"
+
+
+def test_evaluating_needs_a_run_or_a_checkpoint_file(checked):
+    for name in ("best", "last"):
+        message = message_of(checked, "evaluate", run=None, checkpoint=name)
+        assert "run=runs/" in message and "checkpoint=FILE" in message
+    assert checked("evaluate", run=None, checkpoint="a.safetensors").checkpoint == "a.safetensors"
+
+
+# What an evaluation takes from a checkpoint
+
+
+def meta_of(source="file", name="a.txt", **model):
+    """The metadata of a checkpoint whose run was told ``source`` and saw the bytes called ``name``."""
+    trained = RunConfig(data=DataConfig(source, "a.txt", "folder", "stdlib", 5000), model=ModelConfig(**model))
+    return {"config": as_dict(trained), "data": {"name": name, "fingerprint": "0123456789abcdef"}}
+
+
+def trained(meta, data=None, **values):
+    return as_trained(EvaluateConfig(run="runs/a", data=OtherDataConfig(**(data or {})), **values), meta)
+
+
+def refusal(meta, **values):
+    with pytest.raises(UsageError) as error:
+        trained(meta, **values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_an_evaluation_has_the_sizes_and_the_data_of_the_run():
+    config = trained(meta_of(), split="val")
+    assert (config.seq_len, config.stride, config.batch_size) == (1024, 1024, 4)
+    assert config.data == DataConfig("file", "a.txt", "folder", None, 5000)
+    assert (config.run, config.split) == ("runs/a", "val")
+
+
+def test_sizes_that_are_given_are_kept_and_the_stride_follows_seq_len():
+    config = trained(meta_of(), seq_len=512, batch_size=3)
+    assert (config.seq_len, config.stride, config.batch_size) == (512, 512, 3)
+    assert trained(meta_of(), seq_len=512, stride=1).stride == 1
+
+
+@pytest.mark.parametrize("key", ["seq_len", "batch_size"])
+def test_sizes_that_neither_checkpoint_nor_person_names_are_asked_for(key):
+    meta = meta_of()
+    del meta["config"]["train"]
+    given = {"seq_len": 8, "batch_size": 2}
+    assert f"{key}=NUMBER" in refusal(meta, **{other: size for other, size in given.items() if other != key})
+    assert trained(meta, **given).seq_len == 8
+
+
+@pytest.mark.parametrize("sizes", [{"stride": 1025}, {"seq_len": 64, "stride": 65}])
+def test_a_stride_that_would_leave_bytes_out_is_refused(sizes):
+    seq_len = sizes.get("seq_len", 1024)
+    assert f"stride={seq_len + 1}: expected a number from 1 to seq_len={seq_len}" in refusal(meta_of(), **sizes)
+    assert trained(meta_of(), **{**sizes, "stride": seq_len}).stride == seq_len
+
+
+def test_windows_reach_as_far_as_learned_positions():
+    meta = meta_of(max_seq_len=2048)
+    assert "seq_len=2049: expected at most the model's max_seq_len=2048" in refusal(meta, seq_len=2049)
+    assert trained(meta, seq_len=2048).seq_len == 2048
+    assert trained(meta_of(max_seq_len=1, use_abs_pos_emb=False), seq_len=2049).seq_len == 2049
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"dir": "b"}, DataConfig("enwik8", "a.txt", "b", None, 5000)),
+        ({"fallback": "stdlib"}, DataConfig("enwik8", "a.txt", "folder", "stdlib", 5000)),
+        ({"max_bytes": 7}, DataConfig("enwik8", "a.txt", "folder", None, 7)),
+        ({"path": "b.txt"}, DataConfig("file", "b.txt", "folder", None, 5000)),
+        ({"source": "stdlib"}, DataConfig("stdlib")),
+        ({"source": "file", "path": "b.txt"}, DataConfig("file", "b.txt")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_source_replaces_the_data_of_the_run_and_other_keys_change_it(changes, expected):
+    assert trained(meta_of("enwik8", "enwik8"), data=changes).data == expected
+
+
+def test_a_run_that_fell_back_is_scored_on_what_it_fell_back_to():
+    assert trained(meta_of("enwik8", "stdlib")).data.source == "stdlib"
+
+
+def test_the_data_of_a_checkpoint_that_does_not_say_them_must_be_named():
+    meta = meta_of()
+    del meta["data"]
+    for data in ({}, {"dir": "b"}):
+        assert "data=enwik8, data=stdlib or data=file data.path=FILE" in refusal(meta, data=data)
+    assert trained(meta, data={"source": "enwik8"}).data == DataConfig("enwik8")
+    assert trained(meta, data={"path": "b.txt"}).data == DataConfig("file", "b.txt")
 
 
 # The tree

@@ -1,0 +1,55 @@
+"""Bits per byte of a checkpoint over a whole split: ``python scripts/evaluate.py run=RUN_DIR``; README.md shows how."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from local_attention.training.command import command
+from local_attention.training.config import EvaluateConfig, as_trained, evaluate_config
+
+
+@command("evaluate", EvaluateConfig, text=("run", "checkpoint", "data.path", "data.dir"))
+def main(composed):
+    config = evaluate_config(composed)  # what is wrong whatever the checkpoint ends here, before the slow imports
+
+    import logging
+    from functools import partial
+
+    from tqdm import tqdm
+
+    import data
+    from local_attention.training.build import load_model
+    from local_attention.training.device import use_device
+    from local_attention.training.errors import UsageError
+    from local_attention.training.evaluate import Evaluator
+    from local_attention.training.run_dir import checkpoint_of
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to standard error
+    log = logging.getLogger("evaluate")
+
+    # The model, and the bytes that it was trained on unless others are named.
+    path = checkpoint_of(config.run, config.checkpoint)
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    use_device(config.device.target)
+    model, meta = load_model(path)
+    config = as_trained(config, meta)
+    corpus = data.load(config.data)
+    if "data" in meta and meta["data"]["fingerprint"] != corpus.fingerprint:
+        trained_on = f"{meta['data']['name']}, fingerprint {meta['data']['fingerprint']}"
+        log.warning(f"warning: {path} was trained on {trained_on}; this is {corpus.name}, {corpus.fingerprint}")
+
+    # The score.
+    start, stop = corpus.bounds(config.split)
+    if start == stop:
+        raise UsageError(f"the {config.split} split of {corpus.name} is empty: use a larger file")
+    log.info(f"scoring all {stop - start:,} bytes of {config.split} with {path}")
+    evaluator = Evaluator(model, config.seq_len, config.batch_size)
+    bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
+    score = evaluator(corpus.bytes, start, stop, config.stride, bar)
+    how = f"checkpoint {path}, seq_len {config.seq_len}, stride {config.stride}"
+    print(f"{config.split}: {score.bpb:.4f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+import json
+import re
+import signal
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.e2e.test_mistakes import one_line_error
+
+LINE = re.compile(
+    r"(train|val|test): (\d+\.\d{4}) bpb over ([\d,]+) bytes \(checkpoint (.+), seq_len (\d+), stride (\d+)\)\n"
+)
+
+
+def scored(result):
+    """``(split, bpb, bytes, checkpoint, seq_len, stride)`` of the one line that is printed."""
+    assert result.returncode == 0, result.stderr
+    split, bpb, count, *rest, seq_len, stride = LINE.fullmatch(result.stdout.decode()).groups()
+    return split, float(bpb), int(count.replace(",", "")), *rest, int(seq_len), int(stride)
+
+
+def summary_of(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def state_of(folder):
+    return {path: path.lstat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.fixture
+def bare_checkpoint(finished_run, tmp_path):
+    """A checkpoint out of its run that says nothing of data, of a model without learned positions."""
+    last = (finished_run[0] / "checkpoints/last").resolve()
+    meta, tensors = json.loads(last.with_suffix(".json").read_text()), load_file(last)
+    del meta["data"], tensors["model.pos_emb.embedding_table"]
+    meta["config"]["model"]["use_abs_pos_emb"] = False
+    (tmp_path / "bare.json").write_text(json.dumps(meta))
+    save_file(tensors, tmp_path / "bare.safetensors")
+    return tmp_path / "bare.safetensors"
+
+
+def test_every_byte_of_the_test_split_is_scored_as_at_the_end_of_the_run(finished_run, commands):
+    run_dir, _ = finished_run
+    before = state_of(run_dir)
+    split, bpb, count, checkpoint, *lengths = scored(commands.run("scripts/evaluate.py", "run=runs/whole"))
+    size = commands.text.stat().st_size
+    assert (split, count, lengths) == ("test", size - size * 95 // 100, [32, 32])
+    assert bpb == pytest.approx(summary_of(run_dir)["test_bpb"], abs=5.1e-5)
+    assert checkpoint == f"runs/whole/checkpoints/{(run_dir / 'checkpoints/best').resolve().name}"
+    assert state_of(run_dir) == before
+
+
+def test_overlapping_windows_score_as_many_bytes_differently(finished_run, commands):
+    result = commands.run("scripts/evaluate.py", "run=runs/whole", "split=val", "stride=8", "batch_size=16")
+    split, bpb, count, _, *lengths = scored(result)
+    size = commands.text.stat().st_size
+    assert (split, count, lengths) == ("val", size * 95 // 100 - size * 90 // 100, [32, 8])
+    assert abs(bpb - summary_of(finished_run[0])["val_bpb"]) > 1e-3
+
+
+def test_other_bytes_than_the_runs_are_scored_with_a_warning_that_names_both(finished_run, commands, tmp_path):
+    other = tmp_path / "other, text"
+    other.write_bytes(commands.text.read_bytes()[:2000])
+    result = commands.run("scripts/evaluate.py", "run=runs/whole", "checkpoint=last", f"data.path={other}")
+    assert scored(result)[2:4] == (100, "runs/whole/checkpoints/step-00000012.safetensors")
+    (warning,) = [line for line in result.stderr.splitlines() if "warning" in line]
+    last = finished_run[0] / "checkpoints/step-00000012.json"
+    for part in (commands.text.name, json.loads(last.read_text())["data"]["fingerprint"], "other, text"):
+        assert part in warning
+    assert len(set(re.findall(r"\b[0-9a-f]{16}\b", warning))) == 2
+
+
+def test_a_checkpoint_file_is_enough_and_longer_windows_need_no_learned_positions(bare_checkpoint, commands):
+    arguments = [f"checkpoint={bare_checkpoint}", "data=file", f"data.path={commands.text}", "seq_len=40"]
+    result = commands.run("scripts/evaluate.py", *arguments)
+    assert scored(result)[2:] == (3000, str(bare_checkpoint), 40, 40)
+    assert "warning" not in result.stderr
+
+
+def test_ctrl_c_ends_scoring_with_status_130_and_no_score(finished_run, commands):
+    process = commands.start("scripts/evaluate.py", "run=runs/whole", "split=train", "stride=1")
+    for line in process.stderr:
+        if line.startswith(b"scoring"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"error: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "expected the run to score, such as run=runs/"),
+        (["run=runs/whole", "split=dev"], "split=dev: expected one of train, val, test"),
+        (["run=runs/whole", "stide=8"], "did you mean stride?"),
+        (["run=runs/whole", "data=wikitext"], "data=wikitext: expected one of enwik8, file, stdlib"),
+        (["run=runs/whole", "stride=33"], "stride=33: expected a number from 1 to seq_len=32"),
+        (["run=runs/whole", "data.path=missing.txt"], "missing.txt does not exist"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else "",
+)
+def test_a_mistake_in_evaluating_is_one_line_and_status_2(finished_run, commands, arguments, expected):
+    result = commands.run("scripts/evaluate.py", *arguments)
+    assert expected in one_line_error(result)
+    assert result.stdout == b""
+
+
+def test_an_empty_split_is_refused(finished_run, commands, tmp_path):
+    (tmp_path / "five").write_bytes(b"bytes")
+    result = commands.run("scripts/evaluate.py", "run=runs/whole", "split=val", f"data.path={tmp_path / 'five'}")
+    assert result.returncode == 2
+    assert "the val split of five is empty" in result.stderr.splitlines()[-1]
