@@ -7,7 +7,9 @@ _HOMES = {
     "LocalAttention": "local_attention.local_attention",
     "LocalMHA": "local_attention.transformer",
     "LocalTransformer": "local_attention.transformer",
-    "Rearrange": "local_attention.rearrange",
+    "Rearrange": "local_attention.einops_mindspore",
+    "Reduce": "local_attention.einops_mindspore",
+    "Repeat": "local_attention.einops_mindspore",
 }
 __all__ = list(_HOMES)
 

@@ -22,11 +22,24 @@ class Attend(nn.Cell):
         return self.softmax(self.matmul_nt(q, k) + bias)
 
     def construct(self, q, k, v, bias):
-        """``q: (g, i, d)``, ``k, v: (g, j, d)``, ``bias: (g, i, j)``, a constant. Returns ``(g, i, d)``."""
+        """``q: (g, i, d)``, ``k: (g, j, d)``, ``v: (g, j, e)``, ``bias: (g, i, j)``. Returns ``(g, i, e)``."""
         return self.matmul(self.weights(q, k, bias), v)
 
     def bprop(self, q, k, v, bias, out, do):
         p = self.weights(q, k, bias)
         row = (out * do).sum(-1, keepdims=True)
         ds = p * self.matmul_nt(ops.cat((do, -row), -1), ops.cat((v, ops.ones_like(v[:, :, :1])), -1))
-        return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p, do), ops.zeros_like(bias)
+        return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p, do), ds
+
+
+class AttendWithDropout(Attend):
+    """``(softmax(q kᵀ + bias) * keep) v``; ``keep: (g, i, j)`` holds 0 for what is dropped, ``1 / (1 - p)`` else."""
+
+    def construct(self, q, k, v, bias, keep):
+        return self.matmul(self.weights(q, k, bias) * keep, v)
+
+    def bprop(self, q, k, v, bias, keep, out, do):
+        p = self.weights(q, k, bias)
+        row = self.matmul((out * do).sum(-1, keepdims=True), ops.ones_like(k[:, :1, :1] * bias[:, :1]))
+        ds = p * (self.matmul_nt(do, v) * keep - row)
+        return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p * keep, do), ds, ops.zeros_like(keep)

@@ -4,24 +4,28 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.rotary import rotary_angles
+from local_attention.hyper_connections import expand_streams, reduce_streams
+from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE
+from local_attention.rotary import rotary_angles, xpos_decay
 from local_attention.sampling import draw, next_token_probabilities
 from local_attention.windows import hide, visible
 
 
 class DecodeStep(nn.Cell):
-    """The logits after one more token, for a model with learned, rotary or no positions.
+    """The logits after one more token.
 
     The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
-    window alone; keys already rotated, by their absolute positions (scores depend on the difference).
+    window alone; keys already rotated, by their absolute positions (scores depend on the difference), but without the
+    decay of xPos, which would leave float32's range.
     """
 
     def __init__(self, model, batch):
         super().__init__(auto_prefix=False)
         self.model = model
         attention, heads = model.layers[0].attention.attention, model.layers[0].attention.heads
-        self.rotary = attention.rotary
-        self.rows, self.d, self.size = batch * heads, model.layers[0].attention.dim_head, ring_size(attention)
+        self.rel_pos, self.l2_norm, self.use_xpos = attention.rel_pos, attention.l2_norm, attention.use_xpos
+        self.batch, self.rows = batch, batch * heads
+        self.d, self.size = model.layers[0].attention.dim_head, ring_size(attention)
         shape = (self.rows * self.size, self.d)
         self.keys, self.values = (
             ms.ParameterTuple(
@@ -35,15 +39,17 @@ class DecodeStep(nn.Cell):
         self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, tokens, position, slots, hidden, cos, sin):
+    def construct(self, tokens, position, slots, bias, cos, sin, distance, decay):
         """One step.
 
         Args:
             tokens: ``(b,)`` int32.
             position: ``(1,)`` int32, for learned positions.
             slots: ``(b * heads,)`` int32, the rows of the ring that take the new keys and values.
-            hidden: ``(1, 1, size)`` float32, 0 for the slots that are visible, hugely negative for the others.
+            bias: ``(1, 1, size)`` float32, 0 for the slots that are visible, hugely negative for the others.
             cos, sin: ``(b * heads, d)`` float32, of the position's rotary angles.
+            distance: ``(size, 1)`` float32, tokens from each slot's to this one, for the dynamic bias.
+            decay: ``(1, size, d)`` float32, that of xPos over these distances; without it anything.
 
         Returns:
             ``(b, num_tokens)``.
@@ -51,21 +57,31 @@ class DecodeStep(nn.Cell):
         x = self.model.token_emb(tokens)
         if self.model.use_abs_pos_emb:
             x = x + self.model.pos_emb(position)
+        if self.model.dynamic_pos_bias is not None:
+            of_head = self.model.dynamic_pos_bias.mlp(distance).transpose(1, 0)
+            bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, 1, self.size))
+        x = expand_streams(x, self.model.streams)
         for i in range(len(self.keys)):
             layer = self.model.layers[i]
-            x = x + self.attend(i, layer.attention, x, slots, hidden, cos, sin)
-            x = x + layer.feed_forward(x)
-        return self.model.logits(x)
+            taken, x, beta = layer.attention_connection.before(x)
+            out = self.attend(i, layer.attention, taken, slots, bias, cos, sin, decay)
+            x = layer.feed(layer.attention_connection.after(out, x, beta))
+        return self.model.logits(reduce_streams(x, self.model.streams))
 
-    def attend(self, i, mha, x, slots, hidden, cos, sin):
-        q, k, v = [t.reshape((self.rows, self.d)) for t in mha.project(x)]
-        if self.rotary is not None:
-            q, k = self.rotary.rotate(q, cos, sin), self.rotary.rotate(k, cos, sin)
+    def attend(self, i, mha, x, slots, bias, cos, sin, decay):
+        q, k, v, gates = mha.project(x)
+        q, k, v = [t.reshape((self.rows, self.d)) for t in (q, k, v)]
+        if self.l2_norm is not None:
+            k = self.l2_norm(k)
+        if self.rel_pos is not None:
+            q, k = self.rel_pos.rotate(q, cos, sin), self.rel_pos.rotate(k, cos, sin)
         ring = (self.rows, self.size, self.d)
         keys = self.write(self.keys[i], slots, k).reshape(ring)
         values = self.write(self.values[i], slots, v).reshape(ring)
-        weights = self.softmax(self.matmul_nt(q.reshape((self.rows, 1, self.d)), keys) * self.scale + hidden)
-        return mha.to_out(self.matmul(weights, values).reshape((x.shape[0], -1)))
+        if self.rel_pos is not None and self.use_xpos:
+            keys = keys * decay
+        weights = self.softmax(self.matmul_nt(q.reshape((self.rows, 1, self.d)), keys) * self.scale + bias)
+        return mha.merge(self.matmul(weights, values).reshape((x.shape[0], -1)), gates)
 
 
 def ring_size(attention):
@@ -84,7 +100,7 @@ class Decoder:
         batch: sequences that run side by side.
 
     Raises:
-        ValueError: for a model that is not causal or has no tokens.
+        ValueError: for a model that is not causal, has no tokens or has global layers.
     """
 
     def __init__(self, model, batch=1):
@@ -92,6 +108,8 @@ class Decoder:
         self.attention = model.layers[0].attention.attention
         if model.num_tokens is None or not self.attention.causal:
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
+        if any(layer.global_attention is not None for layer in model.layers):
+            raise ValueError("expected a model without global_attn_layer: its keys are not cached")
         self.limit = model.max_seq_len if model.use_abs_pos_emb else None
         self.step = DecodeStep(model, batch)
         self.reset()
@@ -118,15 +136,26 @@ class Decoder:
     def inputs(self):
         """The arguments of :class:`DecodeStep` that depend on the position."""
         size, rows = self.step.size, self.step.rows
-        held = self.position - (self.position - np.arange(size)) % size  # the newest position that falls to each slot
-        seen = visible(self.position, held, length=self.position + 1, **dict(self.attention.rule))
-        angles = np.tile(rotary_angles([self.position], self.step.d), (rows, 1))
+        distance = (self.position - np.arange(size)) % size  # to the newest position that falls to each slot
+        held = self.position - distance
+        seen = visible(
+            self.position, held, length=self.position + 1, **dict(self.attention.layout(self.attention.window_size)[3])
+        )
+        itself = TOKEN_SELF_ATTN_VALUE * self.attention.shared_qk * (distance == 0)
+        angles, decay = np.zeros((1, self.step.d)), np.zeros((size, self.step.d))
+        if self.attention.rel_pos is not None:
+            angles = rotary_angles([self.position], self.step.d, self.attention.rel_pos.theta)
+            if self.attention.use_xpos:
+                decay = xpos_decay(distance, self.step.d, self.attention.rel_pos.scale_base)
+        angles = np.tile(angles, (rows, 1))
         return (
             np.array([self.position], np.int32),
             (np.arange(rows) * size + self.position % size).astype(np.int32),
-            hide(seen).reshape(1, 1, size),
+            (hide(seen) + itself.astype(np.float32)).reshape(1, 1, size),
             np.cos(angles).astype(np.float32),
             np.sin(angles).astype(np.float32),
+            distance.astype(np.float32)[:, None],
+            decay.astype(np.float32)[None],
         )
 
 

@@ -1,5 +1,9 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv 2104.09864, section 3.2), with the halves of a head as pairs."""
+"""Rotary position embeddings, with the halves of a head as pairs, and their xPos decay.
 
+Su et al. 2021, arXiv 2104.09864, section 3.2; Sun et al. 2022, arXiv 2212.10554, section 3.2.
+"""
+
+import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
@@ -16,11 +20,32 @@ def rotary_angles(positions, dim, theta=10000.0):
     return np.concatenate([angles, angles], axis=-1)
 
 
+def xpos_decay(positions, dim, scale_base):
+    """``(n, dim)`` float64: channel ``c`` at a position is ``((2c' + 0.4 dim) / 1.4 dim) ** (position / scale_base)``.
+
+    With ``c' = c mod dim/2``. Queries are multiplied by it, keys divided: a score then decays with the distance.
+    """
+    rate = (np.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
+    decay = rate ** (np.asarray(positions, np.float64)[:, None] / scale_base)
+    return np.concatenate([decay, decay], axis=-1)
+
+
 @shared_constant
-def rotary_table(groups, length, dim, scale):
+def rotary_table(groups, length, dim, theta, scale):
     """``scale`` times cosine and sine of the angles of positions 0 … length - 1, each ``(groups * length, dim)``."""
-    angles = np.tile(rotary_angles(np.arange(length), dim), (groups, 1))
+    angles = np.tile(rotary_angles(np.arange(length), dim, theta), (groups, 1))
     return (scale * np.cos(angles)).astype(np.float32), (scale * np.sin(angles)).astype(np.float32)
+
+
+@shared_constant
+def decay_table(groups, first, length, middle, dim, scale_base, sign):
+    """``(groups, length, dim)``: the decay to the power ``sign`` at positions from ``first`` on, 1 at ``middle``."""
+    decay = xpos_decay(sign * (np.arange(first, first + length) - middle), dim, scale_base)
+    if max(decay.max(), 1 / decay.min()) > 1e30:
+        raise ValueError(
+            f"expected a larger xpos_scale_base, got {scale_base}: its decay over {length} tokens overflows"
+        )
+    return np.tile(decay, (groups, 1, 1)).astype(np.float32)
 
 
 @shared_constant
@@ -31,22 +56,90 @@ def half_rotation(dim):
     return np.block([[zero, half], [-half, zero]])
 
 
-class RotaryEmbedding(nn.Cell):
-    """Rotate queries or keys by their absolute positions; scores then depend on the distance ``i - j`` alone."""
+@shared_constant
+def embedding(length, dim, theta, scale_base):
+    """What :class:`SinusoidalEmbeddings` returns for ``length`` positions."""
+    angles = rotary_angles(np.arange(length), dim, theta).astype(np.float32)
+    if scale_base is None:
+        return angles, np.ones(1, np.float32)
+    return angles, xpos_decay(np.arange(length) - length // 2, dim, scale_base).astype(np.float32)
 
-    def __init__(self, dim):
+
+class SinusoidalEmbeddings(nn.Cell):
+    """Rotary embeddings of heads of ``dim`` channels; scores then depend on the distance ``i - j`` alone.
+
+    Called, it gives angles and decay for :func:`apply_rotary_pos_emb`, as the original does. :class:`LocalAttention`
+    uses :meth:`rotate_all`, :meth:`decay_queries` and :meth:`decay_keys` instead: rotation by absolute position, once,
+    before keys are looked around; the decay relative to the block of queries, as it grows beyond float32 with position.
+
+    Args:
+        dim: head size, even.
+        scale_base: tokens after which the decay of xPos has come to its rate; needed with ``use_xpos``.
+        use_xpos: let scores decay with the distance.
+        theta: base of the frequencies.
+
+    Raises:
+        ValueError: for an odd ``dim``; for ``use_xpos`` without a positive ``scale_base``.
+    """
+
+    def __init__(self, dim, scale_base=None, use_xpos=False, theta=10000):
         super().__init__()
-        if dim % 2:
+        if dim < 2 or dim % 2:
             raise ValueError(f"rotary embeddings need an even head size, got dim = {dim}")
-        self.dim = dim
+        if use_xpos and (scale_base is None or scale_base <= 0):
+            raise ValueError(f"expected scale_base > 0 with use_xpos, got {scale_base}")
+        self.dim, self.theta = dim, theta
+        self.use_xpos, self.scale_base = use_xpos, scale_base if use_xpos else None
         self.matmul = ops.MatMul()
 
-    def construct(self, x, scale):
-        """``x: (g, n, d)``; the result is also multiplied by the Python number ``scale``, which costs nothing here."""
+    def construct(self, x):
+        """Angles ``(n, dim)`` of positions 0 … n - 1, and their decay ``(n, dim)``, without xPos ``(1,)``.
+
+        ``x: (..., n, d)``; only its length counts.
+        """
+        return embedding(x.shape[-2], self.dim, self.theta, self.scale_base)
+
+    def rotate_all(self, x, scale):
+        """Rotate ``x: (g, n, d)`` by position and multiply it by the Python number ``scale``, which costs nothing."""
         groups, length, dim = x.shape
-        cos, sin = rotary_table(groups, length, dim, scale)
+        cos, sin = rotary_table(groups, length, dim, self.theta, scale)
         return self.rotate(x.reshape((groups * length, dim)), cos, sin).reshape((groups, length, dim))
 
     def rotate(self, x, cos, sin):
         """``x, cos, sin: (rows, d)``."""
         return x * cos + self.matmul(x, half_rotation(self.dim)) * sin
+
+    def decay_queries(self, q, middle):
+        """The decay of ``q: (blocks, block, d)``, positions counted from the block's first query."""
+        return q * decay_table(q.shape[0], 0, q.shape[1], middle, self.dim, self.scale_base, 1)
+
+    def decay_keys(self, k, first, middle):
+        """The inverse decay of ``k: (blocks, span, d)``, whose first key stands at ``first``, counted likewise."""
+        return k * decay_table(k.shape[0], first, k.shape[1], middle, self.dim, self.scale_base, -1)
+
+
+def apply_rotary_pos_emb(q, k, freqs, scale=1):
+    """Rotate queries and keys, and let their scores decay.
+
+    Args:
+        q: ``(..., i, d)``, the last ``i`` positions.
+        k: ``(..., n, d)``.
+        freqs: ``(n, d)``, angles in radians.
+        scale: ``(n, d)`` decay, or a tensor of one element or a number for none.
+
+    Returns:
+        ``q`` and ``k``, rotated; ``q`` times and ``k`` divided by the decay.
+    """
+    length = q.shape[-2]
+    first = freqs.shape[0] - length
+    q_scale = scale[first:] if isinstance(scale, ms.Tensor) and scale.ndim == 2 else scale
+    q_freqs = freqs[first:]
+    q = (q * ops.cos(q_freqs) + rotate_half(q) * ops.sin(q_freqs)) * q_scale
+    k = (k * ops.cos(freqs) + rotate_half(k) * ops.sin(freqs)) / scale
+    return q, k
+
+
+def rotate_half(x):
+    """``[x1, x2] -> [-x2, x1]`` along the channels of ``x: (..., d)``."""
+    rows = x.reshape((-1, x.shape[-1]))
+    return ops.matmul(rows, half_rotation(x.shape[-1])).reshape(x.shape)

@@ -1,13 +1,19 @@
 """Multi-head local attention, and the transformer built of it."""
 
+from copy import deepcopy
+
 import mindspore as ms
-from mindspore import nn, ops
+import numpy as np
+from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
-from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
+from local_attention.constants import shared_constant
+from local_attention.einops_mindspore import Rearrange
+from local_attention.hyper_connections import connection, expand_streams, reduce_streams
+from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
 from local_attention.local_attention import LocalAttention
-from local_attention.rearrange import Rearrange
+from local_attention.position_bias import DynamicPositionBias
 
 
 class LocalMHA(nn.Cell):
@@ -18,13 +24,20 @@ class LocalMHA(nn.Cell):
         window_size: tokens in a window.
         dim_head: channels of a head.
         heads: number of heads.
+        dropout: share of the attention weights that training drops.
         causal: a query sees no later key.
         prenorm: LayerNorm before the projections.
+        qk_rmsnorm: queries and keys are l2-normalised and multiplied by learned scales, one a channel (Dehghani et al.
+            2023, arXiv 2302.05442, section 2, there with LayerNorm).
+        qk_scale: factor of the scores with ``qk_rmsnorm``.
+        use_xpos, xpos_scale_base: see :class:`LocalAttention`.
         exact_windowsize: see :class:`LocalAttention`; True unless given.
+        gate_values_per_head: multiply the output of each head and token by a sigmoid gate made from the (normed) input.
         local_attention_kwargs: further arguments of :class:`LocalAttention`, such as ``look_backward``.
 
     Raises:
-        ValueError: for sizes that are no positive numbers, and as :class:`LocalAttention`.
+        ValueError: for sizes that are no positive numbers; for ``scale`` with ``qk_rmsnorm``; and as
+            :class:`LocalAttention`.
     """
 
     def __init__(
@@ -34,54 +47,140 @@ class LocalMHA(nn.Cell):
         window_size,
         dim_head=64,
         heads=8,
+        dropout=0.0,
         causal=False,
         prenorm=False,
+        qk_rmsnorm=False,
+        qk_scale=8,
+        use_xpos=False,
+        xpos_scale_base=None,
         exact_windowsize=None,
+        gate_values_per_head=False,
         **local_attention_kwargs,
     ):
         super().__init__()
         require_positive(dim=dim, dim_head=dim_head, heads=heads)
+        if qk_rmsnorm:
+            if local_attention_kwargs.get("scale") is not None:
+                raise ValueError("expected qk_scale instead of scale with qk_rmsnorm")
+            local_attention_kwargs = local_attention_kwargs | dict(scale=qk_scale)
         self.heads, self.dim_head = heads, dim_head
         inner = heads * dim_head
         self.norm = LayerNorm(dim) if prenorm else None
         self.to_q, self.to_k, self.to_v = dense(dim, inner), dense(dim, inner), dense(dim, inner)
         self.to_out = dense(inner, dim)
+        self.qk_rmsnorm = qk_rmsnorm
+        if qk_rmsnorm:
+            self.l2_norm, self.matmul = L2Norm(), ops.MatMul()
+            self.q_scale, self.k_scale = (
+                Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
+            )
+        self.to_v_gate = nn.Dense(dim, heads) if gate_values_per_head else None
+        self.add_bias = AddBias()
         self.split_heads = Rearrange("b n (h d) -> b h n d", h=heads)
         self.join_heads = Rearrange("b h n d -> (b n) (h d)")
         self.attention = LocalAttention(
             window_size,
             causal,
+            dropout=dropout,
             dim=dim_head,
             autopad=True,
             exact_windowsize=True if exact_windowsize is None else exact_windowsize,
+            use_xpos=use_xpos,
+            xpos_scale_base=xpos_scale_base,
             **local_attention_kwargs,
         )
 
-    def construct(self, x):
-        """``x: (b, n, dim)`` float32, returns ``(b, n, dim)``."""
+    def construct(self, x, mask=None, attn_bias=None):
+        """Attend.
+
+        Args:
+            x: ``(b, n, dim)`` float32.
+            mask: ``(b, n)`` booleans, True where a token may be seen.
+            attn_bias: ``(heads, window, span)`` float32, see :class:`LocalAttention`.
+
+        Returns:
+            ``(b, n, dim)``.
+        """
         b, n, dim = x.shape
-        q, k, v = self.project(x.reshape((b * n, dim)))
+        q, k, v, gates = self.project(x.reshape((b * n, dim)))
         q, k, v = [self.split_heads(t.reshape((b, n, -1))) for t in (q, k, v)]
-        return self.to_out(self.join_heads(self.attention(q, k, v))).reshape((b, n, dim))
+        out = self.join_heads(self.attention(q, k, v, mask=mask, attn_bias=attn_bias))
+        return self.merge(out, gates).reshape((b, n, dim))
 
     def project(self, x):
-        """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``."""
+        """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.
+
+        The gates ``(rows, h)`` are logits.
+        """
+        layers = (self.to_q, self.to_k, self.to_v)
+        if self.to_v_gate is not None:
+            layers = layers + (self.to_v_gate,)
+        products = ()
         if self.norm is None:
-            return self.to_q(x), self.to_k(x), self.to_v(x)
-        return self.norm(x, (self.to_q.weight, self.to_k.weight, self.to_v.weight))
+            for layer in layers:
+                products = products + (ops.matmul(x, layer.weight.T),)
+        else:
+            products = self.norm(x, [layer.weight for layer in layers])
+        q, k, v = products[0], products[1], products[2]
+        if self.qk_rmsnorm:
+            q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
+        if self.to_v_gate is None:
+            return q, k, v, None
+        return q, k, v, self.add_bias(products[3], self.to_v_gate.bias)
+
+    def normalise(self, x, scale):
+        """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
+        heads = self.l2_norm(x.reshape((-1, self.dim_head)))
+        scales = self.matmul(ops.ones((heads.shape[0], 1), x.dtype), scale.reshape((1, -1)))
+        return (heads * scales).reshape(x.shape)
+
+    def merge(self, out, gates):
+        """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
+        if gates is not None:
+            out = out * ops.matmul(ops.sigmoid(gates), spread_heads(self.heads, self.dim_head))
+        return self.to_out(out)
+
+
+@shared_constant
+def spread_heads(heads, dim_head):
+    """``(h, h d)``: a product with it repeats the number of each head for all its channels."""
+    return np.kron(np.eye(heads, dtype=np.float32), np.ones((1, dim_head), np.float32))
 
 
 class Layer(nn.Cell):
-    """Attention and feed-forward, each with its residual connection."""
+    """Attention and feed-forward, each connected to the residual stream or streams.
 
-    def __init__(self, attention, feed_forward):
+    Args:
+        attention: a :class:`LocalMHA`.
+        feed_forward: a :class:`FeedForward`.
+        global_attention: a cell that goes before them, ``(b, n, dim) -> (b, n, dim)``, or None.
+        connections: their connections, see :mod:`hyper_connections`, in the order of the arguments.
+    """
+
+    def __init__(self, attention, feed_forward, global_attention, connections):
         super().__init__()
         self.attention, self.feed_forward = attention, feed_forward
+        self.attention_connection, self.feed_forward_connection, global_connection = connections
+        self.global_attention = global_attention
+        if global_attention is not None:
+            self.global_connection = global_connection
 
-    def construct(self, x):
-        """``x: (b, n, dim)``."""
-        x = x + self.attention(x)
-        return x + self.feed_forward(x.reshape((-1, x.shape[-1]))).reshape(x.shape)
+    def construct(self, x, batch, mask=None, attn_bias=None):
+        """``x: (b * n, dim)``, or ``(b * n, s, dim)`` with ``s`` residual streams; returns the like."""
+        if self.global_attention is not None:
+            taken, x, beta = self.global_connection.before(x)
+            out = self.global_attention(taken.reshape((batch, -1, taken.shape[-1])))
+            x = self.global_connection.after(out.reshape(taken.shape), x, beta)
+        taken, x, beta = self.attention_connection.before(x)
+        out = self.attention(taken.reshape((batch, -1, taken.shape[-1])), mask, attn_bias)
+        x = self.attention_connection.after(out.reshape(taken.shape), x, beta)
+        return self.feed(x)
+
+    def feed(self, x):
+        """The feed-forward half."""
+        taken, x, beta = self.feed_forward_connection.before(x)
+        return self.feed_forward_connection.after(self.feed_forward(taken), x, beta)
 
 
 class LocalTransformer(nn.Cell):
@@ -97,12 +196,22 @@ class LocalTransformer(nn.Cell):
         dim_head: channels of a head.
         heads: number of heads.
         ff_mult: see :class:`FeedForward`.
+        attn_dropout: share of the attention weights that training drops.
+        ff_dropout: share of the feed-forwards' inner layers that training drops.
         ignore_index: labels of this value are left out of the loss.
-        use_abs_pos_emb: learned absolute positions. False: rotary ones only, and no limit on the length.
+        use_xpos, xpos_scale_base: see :class:`LocalAttention`.
+        use_dynamic_pos_bias: a :class:`DynamicPositionBias` instead of rotary embeddings.
+        global_attn_layer: a cell ``(b, n, dim) -> (b, n, dim)``; a copy goes before the local attention of layers.
+        layers_insert_global_attn: the numbers of these layers, from 1 on; all unless given.
+        num_residual_streams: above 1, as many streams with a :class:`HyperConnection` around each branch. (The
+            original's default is 4.)
+        use_abs_pos_emb: learned absolute positions. False: rotary ones or bias only, and no limit on the length.
+        use_rotary_pos_emb: False: no rotary embeddings.
         mha_kwargs: further arguments of :class:`LocalMHA` and :class:`LocalAttention`, such as ``look_backward``.
 
     Raises:
-        ValueError: for sizes that are no positive numbers, and as :class:`LocalAttention`.
+        ValueError: for sizes that are no positive numbers; for layers to insert that do not exist, or without a
+            cell to insert; and as :class:`LocalMHA`.
     """
 
     def __init__(
@@ -117,31 +226,47 @@ class LocalTransformer(nn.Cell):
         dim_head=64,
         heads=8,
         ff_mult=4,
+        attn_dropout=0.0,
+        ff_dropout=0.0,
         ignore_index=-1,
+        use_xpos=False,
+        xpos_scale_base=None,
+        use_dynamic_pos_bias=False,
+        global_attn_layer=None,
+        layers_insert_global_attn=None,
+        num_residual_streams=1,
         use_abs_pos_emb=True,
+        use_rotary_pos_emb=True,
         **mha_kwargs,
     ):
         super().__init__()
-        require_positive(max_seq_len=max_seq_len, dim=dim, depth=depth, ff_mult=ff_mult)
-        self.num_tokens, self.max_seq_len, self.dim, self.ignore_index = num_tokens, max_seq_len, dim, ignore_index
-        self.use_abs_pos_emb = use_abs_pos_emb
-        self.layers = nn.CellList(
-            [
-                Layer(
-                    LocalMHA(
-                        dim=dim,
-                        window_size=local_attn_window_size,
-                        dim_head=dim_head,
-                        heads=heads,
-                        causal=causal,
-                        prenorm=True,
-                        **mha_kwargs,
-                    ),
-                    FeedForward(dim, ff_mult),
-                )
-                for _ in range(depth)
-            ]
+        require_positive(
+            max_seq_len=max_seq_len, dim=dim, depth=depth, ff_mult=ff_mult, num_residual_streams=num_residual_streams
         )
+        inserted = layers_to_insert(global_attn_layer, layers_insert_global_attn, depth)
+        self.num_tokens, self.max_seq_len, self.dim, self.ignore_index = num_tokens, max_seq_len, dim, ignore_index
+        self.use_abs_pos_emb, self.streams = use_abs_pos_emb, num_residual_streams
+
+        def layer(number):
+            attention = LocalMHA(
+                dim=dim,
+                window_size=local_attn_window_size,
+                dim_head=dim_head,
+                heads=heads,
+                dropout=attn_dropout,
+                causal=causal,
+                prenorm=True,
+                use_xpos=use_xpos,
+                xpos_scale_base=xpos_scale_base,
+                use_rotary_pos_emb=use_rotary_pos_emb and not use_dynamic_pos_bias,
+                **mha_kwargs,
+            )
+            global_attention = deepcopy(global_attn_layer) if number in inserted else None
+            connections = [connection(dim, num_residual_streams, 3 * number + branch) for branch in range(3)]
+            return Layer(attention, FeedForward(dim, ff_mult, ff_dropout), global_attention, connections)
+
+        self.layers = nn.CellList([layer(number) for number in range(1, depth + 1)])
+        self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), heads) if use_dynamic_pos_bias else None
         if num_tokens is not None:
             require_positive(num_tokens=num_tokens)
             self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(0.02))
@@ -151,12 +276,14 @@ class LocalTransformer(nn.Cell):
             self.to_logits = dense(dim, num_tokens)
             self.cross_entropy = CrossEntropy()
 
-    def construct(self, x, return_loss=False):
+    def construct(self, x, mask=None, return_loss=False):
         """Logits or loss.
 
         Args:
             x: ``(b, n)`` int32 tokens; ``(b, n, dim)`` float32 with ``num_tokens=None``.
-            return_loss: take ``(b, n + 1)`` tokens and return the mean cross-entropy of each token given those before.
+            mask: booleans of the shape ``(b, n)`` of the tokens, True where a token may be seen.
+            return_loss: take ``(b, n + 1)`` tokens (and mask) and return the mean cross-entropy of each token given
+                those before.
 
         Returns:
             ``(b, n, num_tokens)``; with ``return_loss`` a scalar in nats; with ``num_tokens=None`` ``(b, n, dim)``.
@@ -168,20 +295,33 @@ class LocalTransformer(nn.Cell):
         _check_input(x.shape, self.num_tokens, self.dim, return_loss)
         if return_loss:
             labels = x[:, 1:].reshape(-1)
+            if mask is not None:
+                mask = mask[:, :-1]
             counted = (labels != self.ignore_index).astype(ms.float32)
-            return (self.token_losses(x[:, :-1], labels) * counted).sum() / counted.sum()
-        hidden = self.hidden(x)
+            return (self.token_losses(x[:, :-1], labels, mask) * counted).sum() / counted.sum()
+        hidden = self.hidden(x, mask)
         if self.num_tokens is None:
             return hidden
         return self.logits(hidden).reshape(x.shape + (self.num_tokens,))
 
-    def hidden(self, x):
+    def hidden(self, x, mask=None):
         """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""
         if self.num_tokens is not None:
             x = self.embed(x)
+        b, n, dim = x.shape
+        x = expand_streams(x.reshape((b * n, dim)), self.streams)
+        attn_bias = self.position_bias()
         for layer in self.layers:
-            x = layer(x)
-        return x
+            x = layer(x, b, mask, attn_bias)
+        return reduce_streams(x, self.streams).reshape((b, n, dim))
+
+    def position_bias(self):
+        """The dynamic bias ``(heads, window, span)``, or None."""
+        if self.dynamic_pos_bias is None:
+            return None
+        attention = self.layers[0].attention.attention
+        window, before = attention.window_size, attention.look_backward * attention.window_size
+        return self.dynamic_pos_bias(window, before + (1 + attention.look_forward) * window, before)
 
     def embed(self, tokens):
         """``(b, n) -> (b, n, dim)``: token embedding plus, with ``use_abs_pos_emb``, that of the position."""
@@ -198,12 +338,12 @@ class LocalTransformer(nn.Cell):
         (logits,) = self.norm(hidden.reshape((-1, self.dim)), (self.to_logits.weight,))
         return logits
 
-    def token_losses(self, tokens, labels):
+    def token_losses(self, tokens, labels, mask=None):
         """The cross-entropy in nats of each label: ``tokens: (b, n)``, ``labels: (b * n,)``, returns ``(b * n,)``.
 
         A label of ``ignore_index`` gets a number without meaning.
         """
-        return self.cross_entropy(self.logits(self.hidden(tokens)), ops.relu(labels))
+        return self.cross_entropy(self.logits(self.hidden(tokens, mask)), ops.relu(labels))
 
 
 @constexpr
@@ -218,6 +358,18 @@ def _check_input(shape, num_tokens, dim, return_loss):
 def _check_length(n, max_seq_len):
     if n > max_seq_len:
         raise ValueError(f"expected at most max_seq_len = {max_seq_len} tokens, got {n}: learned positions end there")
+
+
+def layers_to_insert(global_attn_layer, numbers, depth):
+    """The set of layers that get a global layer; raises ``ValueError`` for those that cannot."""
+    if global_attn_layer is None:
+        if numbers:
+            raise ValueError(f"expected a global_attn_layer to insert before the layers {tuple(numbers)}, got none")
+        return set()
+    numbers = range(1, depth + 1) if numbers is None else numbers
+    if not all(1 <= number <= depth for number in numbers):
+        raise ValueError(f"expected layers_insert_global_attn from 1 to depth = {depth}, got {tuple(numbers)}")
+    return set(numbers)
 
 
 def require_positive(**sizes):
