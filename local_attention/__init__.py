@@ -4,12 +4,15 @@ from importlib import import_module
 
 # Imported when first used: MindSpore takes seconds to load, and a command line's --help must not wait for it.
 _HOMES = {
+    "DynamicPositionBias": "local_attention.position_bias",
     "LocalAttention": "local_attention.local_attention",
     "LocalMHA": "local_attention.transformer",
     "LocalTransformer": "local_attention.transformer",
     "Rearrange": "local_attention.einops_mindspore",
     "Reduce": "local_attention.einops_mindspore",
     "Repeat": "local_attention.einops_mindspore",
+    "SinusoidalEmbeddings": "local_attention.rotary",
+    "apply_rotary_pos_emb": "local_attention.rotary",
 }
 __all__ = list(_HOMES)
 

@@ -1,170 +1,265 @@
-"""Token by token with a key/value cache, one compiled graph a token."""
+"""Generation with a key/value cache: one compiled graph a token, and one for the chunks of a prompt."""
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import expand_streams, reduce_streams
 from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE
 from local_attention.rotary import rotary_angles, xpos_decay
 from local_attention.sampling import draw, next_token_probabilities
 from local_attention.windows import hide, visible
 
+CHUNK = 64  # tokens of a prompt that one graph takes at once
+CHUNK_FROM = 256  # tokens from which on compiling that graph is worth while
 
-class DecodeStep(nn.Cell):
-    """The logits after one more token.
+
+class CachedStep(nn.Cell):
+    """The logits after each of ``count`` more tokens.
 
     The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
     window alone; keys already rotated, by their absolute positions (scores depend on the difference), but without the
     decay of xPos, which would leave float32's range.
+
+    Args:
+        model: a causal ``LocalTransformer`` with tokens and without global layers.
+        batch: sequences side by side.
+        count: tokens a call.
+        rings: keys and values of all layers, each ``(b * heads * size, d)``.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, count, rings):
         super().__init__(auto_prefix=False)
         self.model = model
-        attention, heads = model.layers[0].attention.attention, model.layers[0].attention.heads
-        self.rel_pos, self.l2_norm, self.use_xpos = attention.rel_pos, attention.l2_norm, attention.use_xpos
-        self.batch, self.rows = batch, batch * heads
-        self.d, self.size = model.layers[0].attention.dim_head, ring_size(attention)
-        shape = (self.rows * self.size, self.d)
-        self.keys, self.values = (
-            ms.ParameterTuple(
-                Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{name}.{i}", requires_grad=False)
-                for i in range(len(model.layers))
-            )
-            for name in ("cached_keys", "cached_values")
-        )
-        self.scale = self.d**-0.5 if attention.scale is None else attention.scale
+        mha = model.layers[0].attention
+        self.rel_pos, self.l2_norm, self.use_xpos = mha.attention.rel_pos, mha.attention.l2_norm, mha.attention.use_xpos
+        self.keys, self.values = rings
+        self.batch, self.rows, self.count, self.d = batch, batch * mha.heads, count, mha.dim_head
+        self.size = self.keys[0].shape[0] // self.rows
+        self.scale = self.d**-0.5 if mha.attention.scale is None else mha.attention.scale
+        self.split_heads = Rearrange("(b n) (h d) -> (b h n) d", b=batch, h=mha.heads)
+        self.join_heads = Rearrange("(b h) n d -> (b n) (h d)", b=batch)
         self.write = ops.ScatterUpdate()
         self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, tokens, position, slots, bias, cos, sin, distance, decay):
-        """One step.
+    def construct(self, tokens, positions, slots, bias, cos, sin, distances, decay, query_decay):
+        """One step; the arguments but ``tokens`` as :meth:`Decoder.inputs` gives them.
 
         Args:
-            tokens: ``(b,)`` int32.
-            position: ``(1,)`` int32, for learned positions.
-            slots: ``(b * heads,)`` int32, the rows of the ring that take the new keys and values.
-            bias: ``(1, 1, size)`` float32, 0 for the slots that are visible, hugely negative for the others.
-            cos, sin: ``(b * heads, d)`` float32, of the position's rotary angles.
-            distance: ``(size, 1)`` float32, tokens from each slot's to this one, for the dynamic bias.
-            decay: ``(1, size, d)`` float32, that of xPos over these distances; without it anything.
+            tokens: ``(b * count,)`` int32.
+            positions: ``(count,)`` int32, for learned positions.
+            slots: ``(b * heads * count,)`` int32, the rows of the rings that take the new keys and values.
+            bias: ``(1, count, size)`` float32, 0 for the slots that a token sees, hugely negative for the others.
+            cos, sin: ``(b * heads * count, d)`` float32, of the positions' rotary angles.
+            distances: ``(count * size,)`` int32, tokens from each slot's to each of these, for the dynamic bias.
+            decay, query_decay: ``(1, size, d)`` and ``(1, count, d)`` float32, whose product is the decay of xPos.
 
         Returns:
-            ``(b, num_tokens)``.
+            ``(b, count, num_tokens)``.
         """
         x = self.model.token_emb(tokens)
         if self.model.use_abs_pos_emb:
-            x = x + self.model.pos_emb(position)
+            x = x + ops.cat((self.model.pos_emb(positions),) * self.batch, 0)
         if self.model.dynamic_pos_bias is not None:
-            of_head = self.model.dynamic_pos_bias.mlp(distance).transpose(1, 0)
-            bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, 1, self.size))
+            of_head = self.model.dynamic_pos_bias.gather(self.size, distances)
+            bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, self.count, self.size))
         x = expand_streams(x, self.model.streams)
         for i in range(len(self.keys)):
             layer = self.model.layers[i]
             taken, x, beta = layer.attention_connection.before(x)
-            out = self.attend(i, layer.attention, taken, slots, bias, cos, sin, decay)
+            out = self.attend(i, layer.attention, taken, slots, bias, cos, sin, decay, query_decay)
             x = layer.feed(layer.attention_connection.after(out, x, beta))
-        return self.model.logits(reduce_streams(x, self.model.streams))
+        logits = self.model.logits(reduce_streams(x, self.model.streams))
+        return logits.reshape((self.batch, self.count, -1))
 
-    def attend(self, i, mha, x, slots, bias, cos, sin, decay):
+    def attend(self, i, mha, x, slots, bias, cos, sin, decay, query_decay):
         q, k, v, gates = mha.project(x)
-        q, k, v = [t.reshape((self.rows, self.d)) for t in (q, k, v)]
+        q, k, v = [self.split_heads(t) for t in (q, k, v)]
         if self.l2_norm is not None:
             k = self.l2_norm(k)
         if self.rel_pos is not None:
             q, k = self.rel_pos.rotate(q, cos, sin), self.rel_pos.rotate(k, cos, sin)
         ring = (self.rows, self.size, self.d)
+        q = q.reshape((self.rows, self.count, self.d))
         keys = self.write(self.keys[i], slots, k).reshape(ring)
         values = self.write(self.values[i], slots, v).reshape(ring)
         if self.rel_pos is not None and self.use_xpos:
-            keys = keys * decay
-        weights = self.softmax(self.matmul_nt(q.reshape((self.rows, 1, self.d)), keys) * self.scale + bias)
-        return mha.merge(self.matmul(weights, values).reshape((x.shape[0], -1)), gates)
+            q, keys = q * query_decay, keys * decay
+        weights = self.softmax(self.matmul_nt(q, keys) * self.scale + bias)
+        return mha.merge(self.join_heads(self.matmul(weights, values)), gates)
 
 
-def ring_size(attention):
+def keys_seen(attention):
     """How many of the newest keys, its own included, a causal query may see."""
     window, back = attention.window_size, attention.look_backward
     return window * back + 1 if attention.exact_windowsize else window * (back + 1)
 
 
-class Decoder:
-    """Feeds tokens to a :class:`DecodeStep` and keeps track of positions.
+class Context:
+    """A text of ``batch`` rows that grows token by token, and what a model says to it.
 
     With learned positions the context starts again from its newest half when they run out, at ``max_seq_len``.
 
     Args:
-        model: a causal ``LocalTransformer``.
+        model: a causal ``LocalTransformer`` with tokens.
         batch: sequences that run side by side.
 
     Raises:
-        ValueError: for a model that is not causal, has no tokens or has global layers.
+        ValueError: for a model that is not causal or has no tokens.
     """
 
-    def __init__(self, model, batch=1):
-        self.batch = batch
-        self.attention = model.layers[0].attention.attention
-        if model.num_tokens is None or not self.attention.causal:
+    def __init__(self, model, batch):
+        if model.num_tokens is None or not model.layers[0].attention.attention.causal:
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
-        if any(layer.global_attention is not None for layer in model.layers):
-            raise ValueError("expected a model without global_attn_layer: its keys are not cached")
+        self.model, self.batch = model, batch
         self.limit = model.max_seq_len if model.use_abs_pos_emb else None
-        self.step = DecodeStep(model, batch)
         self.reset()
 
     def reset(self):
         """Forget the context."""
         self.position = 0
-        self.newest = []  # as many tokens as it takes to start again; empty without learned positions
+        self.newest = np.zeros((self.batch, 0), np.int32)  # what it takes to start again
 
     def feed(self, tokens):
-        """Append ``tokens: (b,)`` to the context; returns the logits of the next ones, ``(b, num_tokens)`` float32."""
+        """Append tokens to the context and return the logits of those that come after each of them.
+
+        ``tokens: (b,)``, or ``(b, n)`` for several; returns ``(b, num_tokens)``, or ``(b, n, num_tokens)``, float32.
+        """
         tokens = np.asarray(tokens, np.int32)
-        if self.limit is not None:
+        if tokens.ndim == 1:
+            return self.feed(tokens[:, None])[:, 0]
+        was_training = self.model.training
+        if was_training:
+            self.model.set_train(False)
+        logits = []
+        while tokens.shape[1]:
             if self.position == self.limit:
-                kept = self.newest[self.limit - self.limit // 2 :]
+                kept = self.newest[:, self.limit - self.limit // 2 :]
                 self.reset()
-                for earlier in kept:
-                    self.feed(earlier)
-            self.newest.append(tokens)
-        logits = self.step(Tensor(tokens), *map(Tensor, self.inputs()))
-        self.position += 1
-        return logits.asnumpy()
+                self.remember(kept)
+                if kept.shape[1]:
+                    self.advance(kept)
+                self.position = kept.shape[1]
+            room = tokens.shape[1] if self.limit is None else self.limit - self.position
+            self.remember(tokens[:, :room])
+            logits.append(self.advance(tokens[:, :room]))
+            self.position += tokens[:, :room].shape[1]
+            tokens = tokens[:, room:]
+        if was_training:
+            self.model.set_train(True)
+        return np.concatenate(logits, 1)
 
-    def inputs(self):
-        """The arguments of :class:`DecodeStep` that depend on the position."""
-        size, rows = self.step.size, self.step.rows
-        distance = (self.position - np.arange(size)) % size  # to the newest position that falls to each slot
-        held = self.position - distance
-        seen = visible(
-            self.position, held, length=self.position + 1, **dict(self.attention.layout(self.attention.window_size)[3])
-        )
-        itself = TOKEN_SELF_ATTN_VALUE * self.attention.shared_qk * (distance == 0)
-        angles, decay = np.zeros((1, self.step.d)), np.zeros((size, self.step.d))
-        if self.attention.rel_pos is not None:
-            angles = rotary_angles([self.position], self.step.d, self.attention.rel_pos.theta)
-            if self.attention.use_xpos:
-                decay = xpos_decay(distance, self.step.d, self.attention.rel_pos.scale_base)
-        angles = np.tile(angles, (rows, 1))
-        return (
-            np.array([self.position], np.int32),
-            (np.arange(rows) * size + self.position % size).astype(np.int32),
-            (hide(seen) + itself.astype(np.float32)).reshape(1, 1, size),
-            np.cos(angles).astype(np.float32),
-            np.sin(angles).astype(np.float32),
-            distance.astype(np.float32)[:, None],
-            decay.astype(np.float32)[None],
-        )
+    def remember(self, tokens):
+        if self.limit is not None:
+            self.newest = np.concatenate([self.newest, tokens], 1)
 
 
-def generate_tokens(decoder, prompt, length, *, temperature=1.0, top_k=None, top_p=None, seed=0):
-    """Continue a prompt, in each row of the decoder's batch with another stream of random numbers.
+class Decoder(Context):
+    """A :class:`Context` with a key/value cache: each token costs the same, however long the text.
 
     Args:
-        decoder: a :class:`Decoder`; it forgets what it was fed before.
-        prompt: ``(n,)`` integers, at least one.
+        model, batch: see :class:`Context`.
+        chunk: tokens that are fed at once where many come together.
+        chunk_from: how many are many. Below, they are fed one by one, and nothing is compiled for them.
+
+    Raises:
+        ValueError: as :class:`Context`, and for a model with global layers, whose keys are not cached.
+    """
+
+    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=CHUNK_FROM):
+        super().__init__(model, batch)
+        if has_global_layers(model):
+            raise ValueError("expected a model without global_attn_layer: its keys are not cached")
+        mha = model.layers[0].attention
+        self.attention, self.rows, self.d = mha.attention, batch * mha.heads, mha.dim_head
+        self.chunk, self.chunk_from = chunk, chunk_from
+        self.size = keys_seen(mha.attention) + chunk - 1
+        shape = (self.rows * self.size, self.d)
+        self.rings = [
+            ms.ParameterTuple(
+                Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{name}.{i}", requires_grad=False)
+                for i in range(len(model.layers))
+            )
+            for name in ("cached_keys", "cached_values")
+        ]
+        self.steps = {}  # by number of tokens, made when first needed
+
+    def advance(self, tokens):
+        """The logits after each of ``tokens: (b, n)``, ``(b, n, num_tokens)``."""
+        count = self.chunk if tokens.shape[1] >= self.chunk_from else 1
+        if count not in self.steps:
+            self.steps[count] = CachedStep(self.model, self.batch, count, self.rings)
+        logits = []
+        for start in range(0, tokens.shape[1], count):
+            part = tokens[:, start : start + count]
+            length = part.shape[1]
+            # What fills up the last chunk is overwritten by the next tokens before any token can see it.
+            part = np.pad(part, ((0, 0), (0, count - length)))
+            inputs = self.inputs(self.position + start, count)
+            logits.append(self.steps[count](Tensor(part.reshape(-1)), *map(Tensor, inputs)).asnumpy()[:, :length])
+        return np.concatenate(logits, 1)
+
+    def inputs(self, position, count):
+        """The arguments of :class:`CachedStep` that depend on the positions, ``position`` to ``position + count - 1``.
+
+        A slot holds the newest position that falls to it. In float64, exact however long the text.
+        """
+        positions = position + np.arange(count)
+        last = positions[-1]
+        held = last - (last - np.arange(self.size)) % self.size
+        distances = positions[:, None] - held
+        rule = dict(self.attention.layout(self.attention.window_size)[3])
+        bias = hide(visible(positions[:, None], held, length=last + 1, **rule))
+        bias += np.float32(TOKEN_SELF_ATTN_VALUE * self.attention.shared_qk) * (distances == 0)
+        angles = np.zeros((count, self.d))
+        decay, query_decay = np.zeros((1, self.d)), np.zeros((1, self.d))
+        if self.attention.rel_pos is not None:
+            angles = rotary_angles(positions, self.d, self.attention.rel_pos.theta)
+            if self.attention.use_xpos:
+                base = self.attention.rel_pos.scale_base
+                decay, query_decay = (
+                    xpos_decay(position - held, self.d, base),
+                    xpos_decay(np.arange(count), self.d, base),
+                )
+        angles = np.tile(angles, (self.rows, 1))
+        slots = np.arange(self.rows)[:, None] * self.size + positions % self.size
+        return (
+            np.minimum(positions, self.model.max_seq_len - 1).astype(np.int32),
+            slots.reshape(-1).astype(np.int32),
+            bias[None].astype(np.float32),
+            np.cos(angles).astype(np.float32),
+            np.sin(angles).astype(np.float32),
+            np.clip(distances, 0, self.size - 1).reshape(-1).astype(np.int32),
+            decay[None].astype(np.float32),
+            query_decay[None].astype(np.float32),
+        )
+
+
+class UncachedContext(Context):
+    """A :class:`Context` that computes everything again for each token: slow, for comparison and for global layers."""
+
+    def reset(self):
+        super().reset()
+        self.text = self.newest
+
+    def advance(self, tokens):
+        """The logits after each of ``tokens: (b, n)``, ``(b, n, num_tokens)``."""
+        self.text = np.concatenate([self.text, tokens], 1)
+        return self.model(Tensor(self.text)).asnumpy()[:, -tokens.shape[1] :]
+
+
+def has_global_layers(model):
+    return any(layer.global_attention is not None for layer in model.layers)
+
+
+def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top_p=None, seed=0):
+    """Continue a prompt, in each row of the batch with another stream of random numbers.
+
+    Args:
+        context: a :class:`Context`; it forgets what it was fed before.
+        prompt: integers, at least one: ``(n,)`` for all rows, or ``(b, n)``.
         length: tokens to draw.
         temperature, top_k, top_p: see :func:`next_token_probabilities`.
         seed: a whole number from 0 to 2**32 - 1, or a tuple of them; with the same seed, prompt and weights row ``i``
@@ -176,15 +271,15 @@ def generate_tokens(decoder, prompt, length, *, temperature=1.0, top_k=None, top
     Raises:
         ValueError: for an empty prompt.
     """
-    if len(prompt) == 0:
+    prompt = np.asarray(prompt, np.int32)
+    if prompt.shape[-1] == 0:
         raise ValueError("expected a prompt of at least one token, got none")
-    streams = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(decoder.batch)]
-    decoder.reset()
-    for token in prompt:
-        logits = decoder.feed(np.full(decoder.batch, token))
+    streams = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(context.batch)]
+    context.reset()
+    logits = context.feed(np.broadcast_to(prompt, (context.batch, prompt.shape[-1])))[:, -1]
     for i in range(length):
         probabilities = [next_token_probabilities(row, temperature, top_k, top_p) for row in logits]
         tokens = np.array([draw(p, s.random_sample()) for p, s in zip(probabilities, streams)], np.int32)
         yield tokens
         if i + 1 < length:
-            logits = decoder.feed(tokens)
+            logits = context.feed(tokens)

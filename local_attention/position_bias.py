@@ -40,5 +40,8 @@ class DynamicPositionBias(nn.Cell):
         if first is None:
             first = j - i
         farthest = max(first + i - 1, j - 1 - first)
-        of_distance = self.mlp(distances(farthest + 1)).transpose(1, 0)
-        return ops.gather(of_distance, distance_index(i, j, first), 1).reshape((-1, i, j))
+        return self.gather(farthest + 1, distance_index(i, j, first)).reshape((-1, i, j))
+
+    def gather(self, count, index):
+        """The biases of the distances ``index: (m,)``, whole numbers below ``count``; ``(heads, m)``."""
+        return ops.gather(self.mlp(distances(count)).transpose(1, 0), index, 1)

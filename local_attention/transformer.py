@@ -9,6 +9,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
+from local_attention.decode import Decoder, UncachedContext, generate_tokens, has_global_layers
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
@@ -303,6 +304,50 @@ class LocalTransformer(nn.Cell):
         if self.num_tokens is None:
             return hidden
         return self.logits(hidden).reshape(x.shape + (self.num_tokens,))
+
+    def generate(
+        self,
+        prime,
+        seq_len,
+        temperature=1.0,
+        filter_thres=0.9,
+        use_kv_cache=True,
+        top_k=None,
+        top_p=None,
+        seed=None,
+    ):
+        """Continue texts.
+
+        With learned absolute positions the context starts again from its newest half where they run out.
+
+        Args:
+            prime: ``(b, n)`` int32 tokens, at least one.
+            seq_len: tokens to draw.
+            temperature: divides the logits; 0 takes the likeliest token.
+            filter_thres: the share of the vocabulary, the least likely part, that is never drawn; at least one token is
+                left. Not used where ``top_k`` or ``top_p`` is given.
+            use_kv_cache: False: compute everything again for each token. Models with global layers always do.
+            top_k, top_p: see :func:`sampling.next_token_probabilities`.
+            seed: a whole number from 0 to 2**32 - 1; the same one gives the same text. One is drawn from NumPy's
+                generator, which ``mindspore.set_seed`` sets, unless given.
+
+        Returns:
+            ``(b, seq_len)`` int32, without the prime.
+
+        Raises:
+            ValueError: for a model that is not causal or has no tokens; for an empty prime.
+        """
+        prime = prime.asnumpy()
+        if top_k is None and top_p is None:
+            top_k = max(int((1 - filter_thres) * self.num_tokens), 1)
+        if seed is None:
+            seed = np.random.randint(2**32, dtype=np.int64)
+        cached = use_kv_cache and not has_global_layers(self)
+        context = Decoder(self, len(prime)) if cached else UncachedContext(self, len(prime))
+        drawn = generate_tokens(
+            context, prime, seq_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=int(seed)
+        )
+        return ms.Tensor(np.stack([np.zeros(len(prime), np.int32), *drawn], 1)[:, 1:])
 
     def hidden(self, x, mask=None):
         """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""

@@ -70,6 +70,8 @@ def randomise(cell, seed=0):
         value = rng.standard_normal(parameter.shape)
         if name.endswith("gamma"):
             value = 1 + 0.5 * value
+        elif name.endswith("static_alpha"):
+            value *= 0.5  # a mixing matrix of a large norm would let the streams grow
         elif name.endswith("weight"):
             value *= parameter.shape[1] ** -0.5
         parameter.set_data(tensor(value))

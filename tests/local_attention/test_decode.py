@@ -1,14 +1,15 @@
 from functools import cache
 from itertools import islice
 
+import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from local_attention import LocalTransformer
-from local_attention.decode import Decoder, generate_tokens, ring_size
-from tests.local_attention.cells import both_modes, examples, randomise, run
+from local_attention.decode import Decoder, UncachedContext, generate_tokens, keys_seen
+from tests.local_attention.cells import both_modes, examples, randomise, run, tensor
 
 SIZES = dict(num_tokens=11, max_seq_len=32, dim=6, depth=1, local_attn_window_size=3, dim_head=4, heads=2, ff_mult=2)
 
@@ -46,6 +47,18 @@ CONFIGURATIONS = {
     "a scale of its own": dict(scale=0.9),
     "windows of one": dict(local_attn_window_size=1),
     "one window": dict(local_attn_window_size=32),
+    "xPos": dict(use_xpos=True),
+    "xPos alone in whole windows": dict(use_xpos=True, use_abs_pos_emb=False, exact_windowsize=False, look_backward=2),
+    "dynamic bias": dict(use_dynamic_pos_bias=True),
+    "dynamic bias alone, two windows back": dict(use_dynamic_pos_bias=True, use_abs_pos_emb=False, look_backward=2),
+    "normalised queries and keys": dict(qk_rmsnorm=True, qk_scale=3),
+    "shared queries and keys": dict(shared_qk=True),
+    "shared, whole windows": dict(shared_qk=True, exact_windowsize=False, look_backward=0),
+    "gated values": dict(gate_values_per_head=True),
+    "hyper-connections": dict(num_residual_streams=3, depth=2),
+    "much at once": dict(
+        use_xpos=True, qk_rmsnorm=True, shared_qk=True, gate_values_per_head=True, num_residual_streams=2, depth=2
+    ),
     "odd heads": dict(heads=3, dim_head=3, use_rotary_pos_emb=False),
 }
 
@@ -71,14 +84,67 @@ def test_cached_logits_equal_the_full_pass_in_both_modes(mode):
             exact_windowsize=st.booleans(),
             use_abs_pos_emb=st.booleans(),
             use_rotary_pos_emb=st.booleans(),
+            use_xpos=st.booleans(),
+            use_dynamic_pos_bias=st.booleans(),
+            qk_rmsnorm=st.booleans(),
+            shared_qk=st.booleans(),
+            gate_values_per_head=st.booleans(),
+            num_residual_streams=st.integers(1, 3),
         )
     ),
     batch=st.integers(1, 3),
+    chunk=st.integers(1, 7),
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
 )
+@examples(20)
+def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, pieces):
+    model = transformer(**options)
+    length = max(4 * options["local_attn_window_size"] + 2, sum(pieces))
+    x = texts(batch, min(length, 32))
+    decoder = Decoder(model, batch, chunk=chunk, chunk_from=2)
+    logits, rest = [], x
+    for piece in [*pieces, length]:  # in pieces, one by one where a piece is a single token
+        if rest.shape[1]:
+            logits.append(decoder.feed(rest[:, :piece]))
+            rest = rest[:, piece:]
+    np.testing.assert_allclose(np.concatenate(logits, 1), run(model, x), atol=1e-4)
+
+
+@both_modes
+def test_chunks_equal_the_full_pass_in_both_modes(mode):
+    model, x = transformer(), texts(2, 13)
+    decoder = Decoder(model, 2, chunk=4, chunk_from=3)
+    logits = np.concatenate([decoder.feed(part) for part in (x[:, :6], x[:, 6:7], x[:, 7:])], 1)
+    np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
+    assert set(decoder.steps) == {1, 4}
+
+
+def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
+    decoder = Decoder(transformer(), chunk=4, chunk_from=6)
+    decoder.feed(texts(1, 5))
+    assert set(decoder.steps) == {1}
+    decoder.feed(texts(1, 6))
+    assert set(decoder.steps) == {1, 4}
+    assert decoder.position == 11
+
+
+@given(st.integers(1, 7), st.lists(st.integers(1, 9), min_size=1, max_size=4))
 @examples(6)
-def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch):
-    windows = 2 * options["local_attn_window_size"] * (options["look_backward"] + 1)
-    assert_cached_equals_full(transformer(**options), texts(batch, min(windows + 2, 20)), batch)
+def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(limit, pieces):
+    model = transformer(max_seq_len=limit)
+    cached, full = Decoder(model, chunk=3, chunk_from=2), UncachedContext(model, 1)
+    for piece in pieces:
+        x = texts(1, piece, seed=piece)
+        np.testing.assert_allclose(cached.feed(x), full.feed(x), atol=1e-4)
+        assert cached.position == full.position <= limit
+
+
+def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
+    model = transformer(attn_dropout=0.5, ff_dropout=0.5)
+    wanted = run(model.set_train(False), texts(1, 6))
+    model.set_train()
+    np.testing.assert_allclose(fed(Decoder(model), texts(1, 6)), wanted, atol=1e-4)
+    assert model.training and model.layers[0].training
 
 
 @pytest.mark.parametrize("options", [{}, dict(exact_windowsize=False, use_abs_pos_emb=False)], ids=["exact", "whole"])
@@ -101,9 +167,10 @@ def test_the_size_of_the_cache_depends_on_the_window_alone():
         (dict(look_backward=0), 1),
     ]:
         model = transformer(max_seq_len=1000, **options)
-        assert ring_size(model.layers[0].attention.attention) == size
-        cached = [p for p in Decoder(model, 3).step.get_parameters() if "cached" in p.name]
-        assert len(cached) == 2 and all(p.shape == (3 * 2 * size, 4) for p in cached)
+        assert keys_seen(model.layers[0].attention.attention) == size
+        decoder = Decoder(model, 3, chunk=5)
+        decoder.feed(texts(3, 20))
+        assert [p.shape for ring in decoder.rings for p in ring] == [(3 * 2 * (size + 4), 4)] * 2
 
 
 def test_without_learned_positions_text_goes_on_far_beyond_max_seq_len():
@@ -250,6 +317,64 @@ def test_no_token_is_drawn_for_a_length_of_zero():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         next(generate_tokens(Decoder(transformer()), [], 3))
+
+
+# LocalTransformer.generate
+
+
+def prime(*shape, seed=0):
+    return tensor(texts(*shape, seed=seed))
+
+
+@pytest.mark.parametrize("use_kv_cache", [True, False])
+def test_generate_continues_each_row_of_the_prime(use_kv_cache):
+    model = transformer(seed=1)
+    text = model.generate(prime(2, 4), 6, temperature=0, use_kv_cache=use_kv_cache)
+    assert text.shape == (2, 6) and text.dtype == ms.int32
+    for row in range(2):
+        alone = texts(2, 4)[row].tolist()
+        for _ in range(6):
+            alone.append(int(run(model, [alone])[0, -1].argmax()))
+        assert text.asnumpy()[row].tolist() == alone[4:]
+
+
+def test_generate_draws_the_same_for_the_same_seed():
+    model = transformer(seed=1)
+    first, again, other = (model.generate(prime(2, 3), 12, filter_thres=0, seed=s).asnumpy() for s in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_generate_without_a_seed_follows_that_of_mindspore():
+    model, drawn = transformer(seed=1), []
+    for seed in (3, 3, 4):
+        ms.set_seed(seed)
+        drawn.append(model.generate(prime(1, 3), 12, filter_thres=0).asnumpy().tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def tokens_drawn(model, **options):
+    """The set of tokens that come first in 200 texts."""
+    return set(model.generate(tensor(np.tile(texts(1, 3), (200, 1))), 1, seed=1, **options).asnumpy()[:, 0].tolist())
+
+
+def test_filter_thres_leaves_the_likeliest_share_of_the_tokens():
+    model = transformer(seed=1)
+    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
+    for filter_thres, left in [(0.9, 1), (0.7, 3), (0.5, 5), (0, 11)]:
+        assert tokens_drawn(model, filter_thres=filter_thres, temperature=5) == set(order[:left])
+
+
+def test_generate_has_top_k_and_top_p_instead():
+    model = transformer(seed=1)
+    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
+    assert tokens_drawn(model, top_k=4, temperature=5) == set(order[:4])
+    assert tokens_drawn(model, top_p=1e-6) == set(order[:1])
+    assert len(tokens_drawn(model, top_p=1.0, temperature=5)) == 11
+
+
+def test_a_text_of_no_tokens_is_empty():
+    assert transformer().generate(prime(2, 3), 0).shape == (2, 0)
 
 
 @pytest.mark.parametrize("options", [dict(causal=False), dict(num_tokens=None)])

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from local_attention.layers import GEGLU, AddBias, CrossEntropy, FeedForward, LayerNorm, Standardise, dense
+from local_attention.layers import (
+    GEGLU,
+    AddBias,
+    CrossEntropy,
+    FeedForward,
+    L2Norm,
+    LayerNorm,
+    Standardise,
+    dense,
+    dropout_cell,
+)
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, parameters, randomise, run, tensor, value_and_gradients
 
@@ -12,6 +22,7 @@ GAMMA, BETA = "gamma", "beta"
 # name: cell, the same in NumPy, shapes of the inputs
 JOBS = {
     "Standardise": (Standardise(6), reference.standardise, [(4, 6)]),
+    "L2Norm": (L2Norm(), reference.unit, [(4, 6)]),
     "AddBias": (AddBias(), lambda x, bias: x + bias, [(4, 6), (6,)]),
     "GEGLU": (GEGLU(), lambda value, gate: value * reference.gelu(gate), [(4, 6), (4, 6)]),
 }
@@ -34,6 +45,13 @@ def test_standardise_does_not_suffer_from_a_large_mean_or_a_small_variance(rng):
     np.testing.assert_allclose(run(Standardise(8), x + 100), reference.standardise(x), atol=1e-4)
     np.testing.assert_allclose(run(Standardise(8), x * 1e-3), reference.standardise(x * 1e-3), atol=1e-5)
     np.testing.assert_array_equal(run(Standardise(8), np.full((1, 8), 0.5)), 0)  # no variance at all
+
+
+@both_modes
+def test_l2_norm_of_a_row_of_zeros_is_zeros_and_its_gradient_finite(mode):
+    value, (gradient,) = value_and_gradients(L2Norm(), [np.zeros((2, 3))], np.ones((2, 3)))
+    assert (value == 0).all() and np.isfinite(gradient).all()
+    np.testing.assert_allclose(run(L2Norm(), np.full((1, 4), 1e-8)), 0.5)  # not as small as to count as zeros
 
 
 class NormedProducts(nn.Cell):
@@ -135,3 +153,24 @@ def test_a_linear_layer_has_no_bias_and_begins_uniform_within_the_root_of_its_in
     assert abs(weight.std() - 400**-0.5 / 3**0.5) < 1e-3
     x = np.random.default_rng(0).standard_normal((3, 400))
     np.testing.assert_allclose(run(layer, x), x @ weight.T, atol=1e-5)
+
+
+def test_feed_forward_drops_a_share_of_its_inner_layer_in_training_only(rng):
+    cell = FeedForward(4, 300, dropout=0.25)
+    cell.to_out.weight.set_data(tensor(np.eye(4, 800)))
+    x = rng.standard_normal((200, 4))
+    cell.set_train(False)
+    inner = run(cell, x)
+    np.testing.assert_array_equal(run(cell, x), inner)
+    cell.set_train()
+    dropped = run(cell, x)
+    zero = dropped == 0
+    assert 0.19 < zero.mean() < 0.31
+    np.testing.assert_allclose(dropped[~zero], inner[~zero] / 0.75, rtol=1e-5)
+    assert (run(cell, x) != dropped).any()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
+def test_a_share_to_drop_outside_0_to_1_is_refused(share):
+    with pytest.raises(ValueError, match=f"from 0 to below 1, got {share}"):
+        dropout_cell(share)

@@ -1,14 +1,16 @@
 from functools import partial
 from itertools import product
 
+import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mindspore import nn
 
 from local_attention import LocalAttention
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, examples, run, value_and_gradients
+from tests.local_attention.cells import both_modes, examples, run, tensor, value_and_gradients
 
 RULES = [
     dict(causal=causal, exact_windowsize=exact, look_backward=back, look_forward=forward)
@@ -72,7 +74,7 @@ def check_gradients(rule, window_size, inputs):
 def test_a_window_of_several_blocks_is_full_attention_with_a_mask(rule, n, rng):
     q, k, v = qkv(rng, 1, n, 4)
     attention = LocalAttention(256, **rule, autopad=True, dim=4)
-    assert attention.block == (128 if rule["exact_windowsize"] else 256)
+    assert attention.layout(256)[0] == (128 if rule["exact_windowsize"] else 256)
     wanted = reference.attention(q, k, v, rotary=True, window_size=256, **rule)
     np.testing.assert_allclose(run(attention, q, k, v), wanted, atol=1e-5)
 
@@ -248,3 +250,353 @@ def test_an_odd_dim_is_fine_without_rotary_embeddings(rng):
     np.testing.assert_allclose(
         run(attention, q, k, v), reference.attention(q, k, v, window_size=4, look_forward=1), atol=1e-5
     )
+
+
+# Masks, biases and the other options: all at once against the definition, then one by one.
+
+visibilities = st.sampled_from(RULES)
+
+
+@st.composite
+def calls(draw):
+    """``(options of LocalAttention, shape of q, what the call adds)``; the seed gives the arrays."""
+    rule = draw(visibilities)
+    window = draw(st.integers(1, 4))
+    options = dict(
+        window_size=window,
+        **rule,
+        autopad=True,
+        shared_qk=draw(st.booleans()),
+        scale=draw(st.sampled_from([None, 0.7])),
+        **draw(st.sampled_from([{}, dict(dim=4), dict(dim=4, use_xpos=True, xpos_scale_base=5)])),
+    )
+    rows = draw(st.sampled_from([(), (1,), (4,), (2, 2), (2, 3)]))
+    shape = (*rows, draw(st.integers(1, 11)), 4)
+    merged = int(np.prod(rows))
+    divisors = [b for b in range(1, merged + 1) if merged % b == 0]
+    masks, heads = draw(st.sampled_from([None, *divisors])), draw(st.sampled_from([None, *divisors]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    added = {}
+    if masks:
+        added["mask"] = rng.random((masks, shape[-2])) < 0.6
+    if heads:
+        span = window * (rule["look_backward"] + 1 + rule["look_forward"])
+        added["attn_bias"] = rng.standard_normal((heads, window, span))
+    return options, rng.standard_normal((4, *shape)), added
+
+
+def defined(options, **added):
+    """The definition of a LocalAttention of these options, as a function of arrays."""
+    options = {name: value for name, value in options.items() if name != "autopad"}
+    rotary = options.pop("dim", None) is not None
+    base = options.pop("xpos_scale_base", None) if options.pop("use_xpos", False) else None
+    return partial(reference.attention, rotary=rotary, xpos_scale_base=base, **options, **added)
+
+
+def attend(options, q, k, v, **added):
+    return LocalAttention(**options)(*map(tensor, (q, k, v)), **tensors(added)).asnumpy()
+
+
+def tensors(added):
+    return {name: ms.Tensor(x) if x.dtype == bool else tensor(x) for name, x in added.items()}
+
+
+@given(calls())
+@examples(120)
+def test_any_options_give_full_attention_with_an_explicit_mask(call):
+    options, (*inputs, _), added = call
+    out = attend(options, *inputs, **added)
+    np.testing.assert_allclose(out, defined(options, **added)(*inputs), atol=1e-5)
+
+
+class Attention(nn.Cell):
+    """A LocalAttention of ``q, k, v`` and ``attn_bias``, with a fixed mask or none."""
+
+    def __init__(self, options, mask):
+        super().__init__()
+        self.attention, self.mask = LocalAttention(**options), mask
+
+    def construct(self, q, k, v, attn_bias):
+        return self.attention(q, k, v, mask=self.mask, attn_bias=attn_bias)
+
+
+@both_modes
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "position", [dict(dim=4), dict(dim=4, use_xpos=True, xpos_scale_base=3)], ids=["rotary", "xpos"]
+)
+@pytest.mark.parametrize("shared_qk", [True, False], ids=["shared", "apart"])
+def test_gradients_with_mask_and_bias_are_those_of_the_definition(mode, causal, position, shared_qk, rng):
+    options = dict(window_size=2, causal=causal, autopad=True, shared_qk=shared_qk, **position)
+    rule = dict(look_forward=0 if causal else 1)
+    *inputs, cotangent = rng.standard_normal((4, 2, 5, 4))
+    inputs.append(rng.standard_normal((2, 2, 4 if causal else 6)))
+    mask = np.array([[True, False, False, True, True]])
+    value, gradients = value_and_gradients(Attention(options, ms.Tensor(mask)), inputs, cotangent)
+
+    def definition(q, k, v, attn_bias):
+        return defined(options | rule, mask=mask, attn_bias=attn_bias)(q, k, v)
+
+    np.testing.assert_allclose(value, definition(*inputs), atol=1e-5)
+    for gradient, wanted in zip(gradients, reference.numerical_gradients(definition, inputs, cotangent), strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+
+
+def test_a_bias_in_blocks_finer_than_the_window_is_that_of_the_whole_window(rng):
+    options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
+    inputs, bias = rng.standard_normal((3, 2, 300, 2)), rng.standard_normal((2, 256, 512))
+    wanted = defined(options, attn_bias=bias)(*inputs)
+    np.testing.assert_allclose(attend(options, *inputs, attn_bias=bias), wanted, atol=1e-5)
+
+
+def test_a_mask_in_blocks_finer_than_the_window_hides_what_it_says(rng):
+    options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
+    inputs, mask = rng.standard_normal((3, 2, 300, 2)), rng.random((1, 300)) < 0.5
+    np.testing.assert_allclose(attend(options, *inputs, mask=mask), defined(options, mask=mask)(*inputs), atol=1e-5)
+
+
+@given(calls(), st.data())
+@examples(25)
+def test_a_masked_key_has_no_influence(call, data):
+    options, (q, k, v, _), added = call
+    n = q.shape[-2]
+    j = data.draw(st.integers(0, n - 1))
+    added["mask"] = np.ones((1, n), bool)
+    added["mask"][0, j] = False
+    before = attend(options, q, k, v, **added)
+    k[..., j, :] = 7 * k[..., j, :] + 1
+    v[..., j, :] = -50
+    np.testing.assert_array_equal(attend(options, q, k, v, **added), before)
+
+
+@given(calls(), st.integers(1, 6))
+@examples(25)
+def test_autopad_equals_no_padding(call, more):
+    # a text cut off by the mask is the text alone, whatever follows and wherever a window ends
+    options, (q, k, v, _), added = call
+    if options["shared_qk"]:  # would turn a row of zeros, too
+        options["shared_qk"] = False
+    n = q.shape[-2]
+    padded = [np.concatenate([x, np.full((*x.shape[:-2], more, 4), 3.0)], -2) for x in (q, k, v)]
+    mask = added.pop("mask", np.ones((1, n), bool))
+    longer = attend(options, *padded, **added, mask=np.pad(mask, ((0, 0), (0, more))))
+    np.testing.assert_allclose(longer[..., :n, :], attend(options, q, k, v, **added, mask=mask), atol=1e-5)
+
+
+@given(calls())
+@examples(25)
+def test_leading_axes_may_be_merged_or_not(call):
+    options, (*inputs, _), added = call
+    merged = [x.reshape(-1, *x.shape[-2:]) for x in inputs]
+    out = attend(options, *inputs, **added)
+    assert out.shape == inputs[0].shape
+    np.testing.assert_array_equal(attend(options, *merged, **added), out.reshape(merged[0].shape))
+
+
+def test_the_rows_of_a_mask_hold_for_neighbouring_rows(rng):
+    q, k, v = qkv(rng, 2, 3, 4, 2)  # two batches of three heads
+    mask = np.array([[True] * 4, [True, False, True, True]])
+    out, all_seen = attend(dict(window_size=4), q, k, v, mask=mask), attend(dict(window_size=4), q, k, v)
+    np.testing.assert_allclose(out[0], all_seen[0], atol=1e-6)
+    assert (abs(out[1] - all_seen[1]).max((-1, -2)) > 1e-3).all()
+
+
+def test_input_mask_is_another_name_of_mask(rng):
+    inputs, mask = qkv(rng, 2, 8, 4), rng.random((2, 8)) < 0.5
+    by_either_name = [attend(dict(window_size=4), *inputs, **{name: mask}) for name in ("mask", "input_mask")]
+    np.testing.assert_array_equal(*by_either_name)
+    assert abs(by_either_name[0] - attend(dict(window_size=4), *inputs)).max() > 1e-3
+
+
+def test_a_bias_belongs_to_the_head_that_the_row_modulo_heads_is(rng):
+    q, k, v = qkv(rng, 2, 3, 4, 2)  # two batches of three heads
+    bias = np.zeros((3, 2, 4))
+    bias[1, :, 0] = 3
+    options = dict(window_size=2, look_forward=0)
+    changed = abs(attend(options, q, k, v, attn_bias=bias) - attend(options, q, k, v)).max((-1, -2)) > 1e-3
+    assert changed.tolist() == [[False, True, False]] * 2
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min, -1e30])
+def test_a_bias_may_hide_keys_and_never_shows_hidden_ones(low, rng):
+    q, k, v = qkv(rng, 1, 6, 4)
+    options = dict(window_size=3, causal=True)
+    bias = np.zeros((1, 3, 6))
+    bias[0, 1, [3, 4]] = low  # the second of each window sees the window before alone
+    out = attend(options, q, k, v, attn_bias=bias)
+    wanted = defined(options, attn_bias=np.maximum(bias, -1e30))(q, k, v)
+    np.testing.assert_allclose(out[0, [0, 2, 3, 4, 5]], wanted[0, [0, 2, 3, 4, 5]], atol=1e-5)
+    assert np.isfinite(out).all()
+    if low < -1e31:
+        np.testing.assert_array_equal(out[0, 1], 0)  # in the first window it sees nothing
+    v[:, 2:] = 9
+    np.testing.assert_allclose(attend(options, q, k, v, attn_bias=bias)[0, 1], out[0, 1], atol=1e-5)
+
+
+def test_a_whole_row_of_negative_infinity_gives_zeros(rng):
+    out = attend(dict(window_size=3, look_forward=0), *qkv(rng, 1, 6, 4), attn_bias=np.full((1, 3, 6), -np.inf))
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_shared_queries_see_themselves_only_where_they_see_nothing_else(rng):
+    q, _, v = qkv(rng, 1, 6, 4)
+    options = dict(window_size=2, causal=True, look_backward=0, shared_qk=True)
+    out = attend(options, q, q, v)
+    np.testing.assert_allclose(out[:, ::2], v[:, ::2], atol=1e-6)  # the first of a window: nothing but itself
+    np.testing.assert_allclose(out[:, 1::2], v[:, ::2], atol=1e-6)  # the second: the first
+
+
+def test_shared_keys_are_normalised_and_queries_are_not(rng):
+    q, k, v = qkv(rng, 1, 8, 4)
+    options = dict(window_size=4, shared_qk=True)
+    out = attend(options, q, k, v)
+    np.testing.assert_allclose(attend(options, q, 5 * k, v), out, atol=1e-5)
+    assert abs(attend(options, 5 * q, k, v) - out).max() > 1e-3
+
+
+@pytest.mark.parametrize("window_size", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_window_given_in_the_call_is_as_good_as_one_given_at_first(window_size, exact, rng):
+    inputs = qkv(rng, 2, 11, 4)
+    options = dict(causal=True, exact_windowsize=exact, autopad=True, dim=4, use_xpos=True, xpos_scale_base=4)
+    first = LocalAttention(window_size, **options)(*map(tensor, inputs))
+    later = LocalAttention(7, **options)(*map(tensor, inputs), window_size=window_size)
+    np.testing.assert_array_equal(later.asnumpy(), first.asnumpy())
+
+
+def test_the_base_of_xpos_is_half_the_window_given_at_first(rng):
+    inputs, options = qkv(rng, 2, 12, 4), dict(dim=4, use_xpos=True, causal=True)
+    default, given = (LocalAttention(6, **options, **base) for base in ({}, dict(xpos_scale_base=3)))
+    for window in (6, 4):
+        outs = [attention(*map(tensor, inputs), window_size=window).asnumpy() for attention in (default, given)]
+        np.testing.assert_array_equal(*outs)
+
+
+def test_scores_of_xpos_vanish_with_the_distance():
+    n = 16
+    q = np.ones((1, n, 4))
+    identity = np.eye(n)[None]  # as values they show the weights
+    attention = LocalAttention(n, causal=True, dim=4, use_xpos=True, xpos_scale_base=2)
+    plain = LocalAttention(n, causal=True, dim=4)
+    weights, undecayed = (run(cell, q, q, identity)[0, -1] for cell in (attention, plain))
+    assert weights.argmax() == n - 1
+    assert np.ptp(np.log(weights[:6])) < 0.1 * np.ptp(np.log(undecayed[:6]))
+
+
+def test_a_base_of_xpos_that_is_too_small_for_the_window_is_refused(rng):
+    attention = LocalAttention(256, causal=True, dim=4, use_xpos=True, xpos_scale_base=1)
+    with pytest.raises(ValueError, match="larger xpos_scale_base, got 1"):
+        run(attention, *qkv(rng, 1, 256, 4))
+
+
+def test_rel_pos_emb_config_is_an_older_form_of_dim(rng):
+    inputs = qkv(rng, 2, 8, 4)
+    np.testing.assert_array_equal(
+        run(LocalAttention(4, rel_pos_emb_config=(4, 2)), *inputs), run(LocalAttention(4, dim=4), *inputs)
+    )
+
+
+def test_options_may_be_given_by_position_as_in_the_original(rng):
+    inputs = qkv(rng, 2, 7, 4)
+    by_position = LocalAttention(3, True, 2, 0, 0.0, True, None, 4, True, True, 0.3, True, True, 5)
+    by_name = LocalAttention(
+        window_size=3,
+        causal=True,
+        look_backward=2,
+        look_forward=0,
+        dropout=0.0,
+        shared_qk=True,
+        rel_pos_emb_config=None,
+        dim=4,
+        autopad=True,
+        exact_windowsize=True,
+        scale=0.3,
+        use_rotary_pos_emb=True,
+        use_xpos=True,
+        xpos_scale_base=5,
+    )
+    np.testing.assert_array_equal(run(by_position, *inputs), run(by_name, *inputs))
+
+
+@both_modes
+def test_dropout_drops_a_share_of_the_weights_in_training_only(mode, rng):
+    q, k, _ = qkv(rng, 4, 32, 4)
+    v = np.tile(np.eye(32), (4, 1, 1))  # shows the weights
+    attention = LocalAttention(32, look_backward=0, look_forward=0, dropout=0.25)
+    attention.set_train(False)
+    weights = run(attention, q, k, v)
+    np.testing.assert_array_equal(run(LocalAttention(32, look_backward=0, look_forward=0), q, k, v), weights)
+    attention.set_train()
+    dropped, again = run(attention, q, k, v), run(attention, q, k, v)
+    zero = dropped == 0
+    assert 0.21 < zero.mean() < 0.29 and (dropped != again).any()
+    np.testing.assert_allclose(dropped[~zero], weights[~zero] / 0.75, rtol=1e-4)
+
+
+@both_modes
+def test_a_window_in_the_call_is_refused_without_xpos(mode, rng):
+    class Called(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.attention = LocalAttention(4)
+
+        def construct(self, q, k, v):
+            return self.attention(q, k, v, window_size=8)
+
+    with pytest.raises(ValueError, match="no window_size in the call without use_xpos, got 8"):
+        run(Called(), *qkv(rng, 1, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("added", "parts"),
+    [
+        (dict(mask=np.ones((3, 8), bool)), ["(b, 8) booleans", "divides the 4 rows", "(3, 8)"]),
+        (dict(mask=np.ones((1, 7), bool)), ["(b, 8) booleans", "(1, 7)"]),
+        (dict(mask=np.ones(8, bool)), ["(b, 8) booleans", "(8,)"]),
+        (dict(mask=np.ones((1, 8))), ["booleans", "Float32"]),
+        (dict(attn_bias=np.zeros((3, 4, 12))), ["(heads, 4, 12)", "divides the 4 rows", "(3, 4, 12)"]),
+        (dict(attn_bias=np.zeros((2, 4, 8))), ["(heads, 4, 12)", "(2, 4, 8)"]),
+        (dict(attn_bias=np.zeros((4, 12))), ["(heads, 4, 12)", "(4, 12)"]),
+    ],
+    ids=str,
+)
+def test_masks_and_biases_that_do_not_fit_are_refused(added, parts, rng):
+    with pytest.raises(ValueError) as error:
+        attend(dict(window_size=4), *qkv(rng, 2, 2, 8, 4), **added)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+# The examples of the original's README
+
+
+@both_modes
+def test_readme_causal_attention_with_a_mask(mode):
+    q, k, v = (ms.ops.randn(2, 8, 2048, 64) for _ in range(3))
+    attn = LocalAttention(
+        dim=64,
+        window_size=512,
+        causal=True,
+        look_backward=1,
+        look_forward=0,
+        dropout=0.1,
+        exact_windowsize=False,
+    )
+    mask = ms.ops.ones((2, 2048)).bool()
+    out = attn(q, k, v, mask=mask)
+    assert out.shape == (2, 8, 2048, 64)
+
+
+def test_readme_shared_queries_and_keys():
+    qk, v = ms.ops.randn(2, 8, 2048, 64), ms.ops.randn(2, 8, 2048, 64)
+    attn = LocalAttention(dim=64, window_size=512, shared_qk=True, causal=True)
+    mask = ms.ops.ones((2, 2048)).bool()
+    out = attn(qk, qk, v, mask=mask)
+    assert out.shape == (2, 8, 2048, 64)
+
+
+def test_readme_autopad():
+    q, k, v = (ms.ops.randn(8, 2057, 64) for _ in range(3))
+    attn = LocalAttention(window_size=512, causal=True, autopad=True)
+    mask = ms.ops.ones((1, 2057)).bool()
+    out = attn(q, k, v, mask=mask)
+    assert out.shape == (8, 2057, 64)

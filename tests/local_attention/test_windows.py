@@ -4,10 +4,11 @@ import pytest
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
+from mindspore import nn
 
-from local_attention.windows import LookAround, additive_mask, block_size, visible
+from local_attention.windows import HIDDEN, additive_mask, block_size, look_around, visible
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, examples, run, value_and_gradients
+from tests.local_attention.cells import both_modes, examples, tensor, value_and_gradients
 
 PICTURES = {  # rows are queries, columns keys, of a sequence of 6 in windows of 2
     "causal": (
@@ -134,7 +135,7 @@ def test_blocks_are_the_smallest_divisor_of_an_exact_window_from_128_on(window_s
 def test_the_additive_mask_holds_the_visible_keys_of_every_block(rule, length, groups):
     window = rule["window_size"]
     before, after = rule["look_backward"], rule["look_forward"]
-    mask = additive_mask(groups, length, window, before, after, tuple(rule.items())).asnumpy()
+    mask = additive_mask(groups, length, window, before, after, tuple(rule.items()), 0).asnumpy()
     blocks = -(-length // window)
     assert mask.dtype == np.float32
     assert mask.shape == (groups * blocks, window, (before + 1 + after) * window)
@@ -147,13 +148,26 @@ def test_the_additive_mask_holds_the_visible_keys_of_every_block(rule, length, g
         of_group = mask[group * blocks : (group + 1) * blocks].reshape(blocks * window, -1)[:length]
         wanted_of_group = wanted.reshape(blocks * window, -1)[:length]
         assert (of_group[wanted_of_group] == 0).all()
-        assert (of_group[~wanted_of_group] < -1e38).all()
+        assert (of_group[~wanted_of_group] == np.float32(HIDDEN)).all()
 
 
 def test_the_additive_mask_of_the_same_arguments_is_one_tensor():
     rule = dict(window_size=2, causal=True, exact_windowsize=True, look_backward=1, look_forward=0)
-    masks = [additive_mask(2, 6, 2, 1, 0, tuple(rule.items())) for _ in range(2)]
+    masks = [additive_mask(2, 6, 2, 1, 0, tuple(rule.items()), 0) for _ in range(2)]
     assert isinstance(masks[0], ms.Tensor) and masks[0] is masks[1]
+
+
+def test_the_additive_mask_marks_where_a_token_meets_itself():
+    rule = dict(window_size=2, causal=False, exact_windowsize=False, look_backward=1, look_forward=0)
+    plain, marked = (additive_mask(1, 4, 2, 1, 0, tuple(rule.items()), value).asnumpy() for value in (0, -7))
+    itself = np.zeros((2, 2, 4))
+    itself[:, [0, 1], [2, 3]] = -7
+    np.testing.assert_array_equal(marked - plain, itself)
+
+
+def test_what_hides_a_key_leaves_no_weight_and_makes_no_infinity():
+    assert np.exp(np.float32(HIDDEN)) == 0
+    assert np.isfinite(np.float32(3 * HIDDEN) - np.float32(1e30))
 
 
 def surroundings(x, before, after):
@@ -169,14 +183,19 @@ def surroundings(x, before, after):
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1), (2, 1), (4, 5)])
 def test_look_around_gives_each_block_its_neighbours_and_zeros_beyond_the_ends(before, after, rng):
     x = rng.standard_normal((2, 3, 2, 4)).astype(np.float32)
-    np.testing.assert_array_equal(run(LookAround(before, after), x), surroundings(x, before, after))
+    np.testing.assert_array_equal(look_around(tensor(x), before, after).asnumpy(), surroundings(x, before, after))
+
+
+class LookAround(nn.Cell):
+    def construct(self, x):
+        return look_around(x, 2, 1)
 
 
 @both_modes
 def test_look_around_and_its_gradient(mode, rng):
     x = rng.standard_normal((2, 3, 2, 2)).astype(np.float32)
     cotangent = rng.standard_normal((2, 3, 8, 2))
-    value, (gradient,) = value_and_gradients(LookAround(2, 1), [x], cotangent)
+    value, (gradient,) = value_and_gradients(LookAround(), [x], cotangent)
     np.testing.assert_array_equal(value, surroundings(x, 2, 1))
     (wanted,) = reference.numerical_gradients(lambda x: surroundings(x, 2, 1), [x], cotangent)
     np.testing.assert_allclose(gradient, wanted, atol=1e-5)
