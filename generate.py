@@ -19,26 +19,42 @@ def main(composed):
     from local_attention.training.run_dir import checkpoint_of
     from local_attention.training.terminal import ByteOutput, as_text
 
-    prompt = Path(config.prompt_file).read_bytes() if config.prompt_file else os.fsencode(config.prompt)
+    if config.prompt_file == "-":
+        prompt = sys.stdin.buffer.read()
+    else:
+        prompt = Path(config.prompt_file).read_bytes() if config.prompt_file else os.fsencode(config.prompt)
     path = checkpoint_of(config.run, config.checkpoint)
     use_device(config.device.target)
     model, meta = load_model(path)
     print(f"{path}, step {meta['step']:,}", file=sys.stderr)
 
-    decoder, output = Decoder(model), ByteOutput()
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    begin = None
-    for i in range(config.num_samples):
+    # All samples grow together, one a row. The first is shown as it grows, the others when they are complete.
+    decoder, output = Decoder(model, config.num_samples), ByteOutput()
+    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    tokens = generate_tokens(decoder, list(prompt or b"\n"), config.length or None, **sampling)
+    samples, begin = [bytearray() for _ in range(config.num_samples)], None
+
+    def head(number):
         if config.num_samples > 1:
-            print(f"--- sample {i + 1} of {config.num_samples}", file=sys.stderr)
+            print(f"--- sample {number} of {config.num_samples}", file=sys.stderr)
         print(as_text(prompt), end="", file=sys.stderr, flush=True)
-        tokens = generate_tokens(decoder, list(prompt or b"\n"), config.length, seed=(config.seed, i), **sampling)
-        for (token,) in tokens:
-            begin = begin or time.monotonic()  # after compiling and the first prompt
-            output.write(bytes([token]))
+
+    try:
+        head(1)
+        for row in tokens:
+            begin = begin or time.monotonic()  # after compiling and the prompt
+            for sample, token in zip(samples, row, strict=True):
+                sample.append(token)
+            output.write(bytes([row[0]]))
         output.end()
-    seconds = time.monotonic() - begin
-    print(f"{config.length * config.num_samples / seconds:,.0f} bytes/s", file=sys.stderr)
+        for number, sample in enumerate(samples[1:], 2):
+            head(number)
+            output.write(bytes(sample))
+            output.end()
+    finally:
+        if begin:
+            drawn = sum(map(len, samples))
+            print(f"{drawn / (time.monotonic() - begin):,.0f} bytes/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Generation with a key/value cache: one compiled graph a token, and one for the chunks of a prompt."""
 
+import warnings
+from itertools import count
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -23,18 +26,20 @@ class CachedStep(nn.Cell):
     decay of xPos, which would leave float32's range.
 
     Args:
-        model: a causal ``LocalTransformer`` with tokens and without global layers.
+        model: a causal ``LocalTransformer`` with tokens.
         batch: sequences side by side.
         count: tokens a call.
         rings: keys and values of all layers, each ``(b * heads * size, d)``.
+        global_steps: the :func:`decoding_cells` of the model.
     """
 
-    def __init__(self, model, batch, count, rings):
+    def __init__(self, model, batch, count, rings, global_steps):
         super().__init__(auto_prefix=False)
         self.model = model
         mha = model.layers[0].attention
         self.rel_pos, self.l2_norm, self.use_xpos = mha.attention.rel_pos, mha.attention.l2_norm, mha.attention.use_xpos
         self.keys, self.values = rings
+        self.global_steps = nn.CellList(global_steps)
         self.batch, self.rows, self.count, self.d = batch, batch * mha.heads, count, mha.dim_head
         self.size = self.keys[0].shape[0] // self.rows
         self.scale = self.d**-0.5 if mha.attention.scale is None else mha.attention.scale
@@ -66,8 +71,14 @@ class CachedStep(nn.Cell):
             of_head = self.model.dynamic_pos_bias.gather(self.size, distances)
             bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, self.count, self.size))
         x = expand_streams(x, self.model.streams)
+        inserted = 0
         for i in range(len(self.keys)):
             layer = self.model.layers[i]
+            if layer.global_attention is not None:
+                taken, x, beta = layer.global_connection.before(x)
+                out = self.global_steps[inserted](taken.reshape((self.batch, self.count, -1)), positions)
+                x = layer.global_connection.after(out.reshape(taken.shape), x, beta)
+                inserted = inserted + 1
             taken, x, beta = layer.attention_connection.before(x)
             out = self.attend(i, layer.attention, taken, slots, bias, cos, sin, decay, query_decay)
             x = layer.feed(layer.attention_connection.after(out, x, beta))
@@ -162,16 +173,21 @@ class Decoder(Context):
     Args:
         model, batch: see :class:`Context`.
         chunk: tokens that are fed at once where many come together.
-        chunk_from: how many are many. Below, they are fed one by one, and nothing is compiled for them.
+        chunk_from: how many are many. Below, they are fed one by one, and nothing is compiled for them. With global
+            layers tokens are always fed one by one.
 
     Raises:
-        ValueError: as :class:`Context`, and for a model with global layers, whose keys are not cached.
+        ValueError: as :class:`Context`, and for a model with global layers that cannot be fed token by token, see
+            :func:`decoding_cells`.
     """
 
     def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=CHUNK_FROM):
         super().__init__(model, batch)
-        if has_global_layers(model):
-            raise ValueError("expected a model without global_attn_layer: its keys are not cached")
+        if not can_be_cached(model):
+            raise ValueError(
+                "expected a global_attn_layer with a method decoding_cell, as it is to be fed token by token"
+            )
+        self.global_steps = decoding_cells(model, batch)
         mha = model.layers[0].attention
         self.attention, self.rows, self.d = mha.attention, batch * mha.heads, mha.dim_head
         self.chunk, self.chunk_from = chunk, chunk_from
@@ -188,9 +204,9 @@ class Decoder(Context):
 
     def advance(self, tokens):
         """The logits after each of ``tokens: (b, n)``, ``(b, n, num_tokens)``."""
-        count = self.chunk if tokens.shape[1] >= self.chunk_from else 1
+        count = self.chunk if tokens.shape[1] >= self.chunk_from and not self.global_steps else 1
         if count not in self.steps:
-            self.steps[count] = CachedStep(self.model, self.batch, count, self.rings)
+            self.steps[count] = CachedStep(self.model, self.batch, count, self.rings, self.global_steps)
         logits = []
         for start in range(0, tokens.shape[1], count):
             part = tokens[:, start : start + count]
@@ -250,8 +266,33 @@ class UncachedContext(Context):
         return self.model(Tensor(self.text)).asnumpy()[:, -tokens.shape[1] :]
 
 
-def has_global_layers(model):
-    return any(layer.global_attention is not None for layer in model.layers)
+def decoding_cells(model, batch):
+    """For each inserted global layer the cell that computes it token by token.
+
+    A ``global_attn_layer`` takes part in cached decoding if it has a method ``decoding_cell(batch)`` that returns a cell
+    ``(x: (b, 1, dim), position: (1,) int32) -> (b, 1, dim)`` for the text's next token. That cell keeps what it needs of
+    earlier tokens in parameters of its own, and begins a new text at position 0.
+    """
+    return [layer.decoding_cell(batch) for layer in global_layers(model)]
+
+
+def can_be_cached(model):
+    """Whether all global layers of the model, if any, can be computed token by token: see :func:`decoding_cells`."""
+    return all(hasattr(layer, "decoding_cell") for layer in global_layers(model))
+
+
+def global_layers(model):
+    return [layer.global_attention for layer in model.layers if layer.global_attention is not None]
+
+
+def context_of(model, batch):
+    """A :class:`Decoder`, or where global layers do not allow it, with a warning, an :class:`UncachedContext`."""
+    if can_be_cached(model):
+        return Decoder(model, batch)
+    warnings.warn(
+        "global_attn_layer has no method decoding_cell: each token computes the whole text again", stacklevel=3
+    )
+    return UncachedContext(model, batch)
 
 
 def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top_p=None, seed=0):
@@ -260,7 +301,7 @@ def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top
     Args:
         context: a :class:`Context`; it forgets what it was fed before.
         prompt: integers, at least one: ``(n,)`` for all rows, or ``(b, n)``.
-        length: tokens to draw.
+        length: tokens to draw; None: without end.
         temperature, top_k, top_p: see :func:`next_token_probabilities`.
         seed: a whole number from 0 to 2**32 - 1, or a tuple of them; with the same seed, prompt and weights row ``i``
             is the same, whatever the batch.
@@ -277,9 +318,9 @@ def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top
     streams = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(context.batch)]
     context.reset()
     logits = context.feed(np.broadcast_to(prompt, (context.batch, prompt.shape[-1])))[:, -1]
-    for i in range(length):
+    for i in count() if length is None else range(length):
         probabilities = [next_token_probabilities(row, temperature, top_k, top_p) for row in logits]
         tokens = np.array([draw(p, s.random_sample()) for p, s in zip(probabilities, streams)], np.int32)
         yield tokens
-        if i + 1 < length:
+        if i + 1 != length:
             logits = context.feed(tokens)

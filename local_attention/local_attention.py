@@ -132,7 +132,7 @@ class LocalAttention(nn.Cell):
         else:
             out = self.attend(q, k, v, bias)
         if not (mask is None and input_mask is None and attn_bias is None):  # else every query sees itself
-            out = out * ops.broadcast_to(sees_a_key(ops.stop_gradient(bias)), out.shape)
+            out = out * ops.tile(sees_a_key(ops.stop_gradient(bias)), (1, 1, e))
         out = out.reshape((groups, -1, e))
         if length % block:
             out = out[:, :length]

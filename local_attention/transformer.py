@@ -9,7 +9,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
-from local_attention.decode import Decoder, UncachedContext, generate_tokens, has_global_layers
+from local_attention.decode import UncachedContext, context_of, generate_tokens
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
@@ -202,7 +202,8 @@ class LocalTransformer(nn.Cell):
         ignore_index: labels of this value are left out of the loss.
         use_xpos, xpos_scale_base: see :class:`LocalAttention`.
         use_dynamic_pos_bias: a :class:`DynamicPositionBias` instead of rotary embeddings.
-        global_attn_layer: a cell ``(b, n, dim) -> (b, n, dim)``; a copy goes before the local attention of layers.
+        global_attn_layer: a cell ``(b, n, dim) -> (b, n, dim)``; a copy goes before the local attention of layers. For
+            fast generation it needs a method ``decoding_cell``, see :func:`decode.decoding_cells`.
         layers_insert_global_attn: the numbers of these layers, from 1 on; all unless given.
         num_residual_streams: above 1, as many streams with a :class:`HyperConnection` around each branch. (The
             original's default is 4.)
@@ -326,7 +327,8 @@ class LocalTransformer(nn.Cell):
             temperature: divides the logits; 0 takes the likeliest token.
             filter_thres: the share of the vocabulary, the least likely part, that is never drawn; at least one token is
                 left. Not used where ``top_k`` or ``top_p`` is given.
-            use_kv_cache: False: compute everything again for each token. Models with global layers always do.
+            use_kv_cache: False: compute everything again for each token, as models do, with a warning, whose global
+                layers cannot be fed token by token: see :func:`decode.decoding_cells`.
             top_k, top_p: see :func:`sampling.next_token_probabilities`.
             seed: a whole number from 0 to 2**32 - 1; the same one gives the same text. One is drawn from NumPy's
                 generator, which ``mindspore.set_seed`` sets, unless given.
@@ -342,8 +344,7 @@ class LocalTransformer(nn.Cell):
             top_k = max(int((1 - filter_thres) * self.num_tokens), 1)
         if seed is None:
             seed = np.random.randint(2**32, dtype=np.int64)
-        cached = use_kv_cache and not has_global_layers(self)
-        context = Decoder(self, len(prime)) if cached else UncachedContext(self, len(prime))
+        context = context_of(self, len(prime)) if use_kv_cache else UncachedContext(self, len(prime))
         drawn = generate_tokens(
             context, prime, seq_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=int(seed)
         )

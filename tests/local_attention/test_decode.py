@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mindspore import nn, ops
 
 from local_attention import LocalTransformer
 from local_attention.decode import Decoder, UncachedContext, generate_tokens, keys_seen
@@ -234,6 +235,55 @@ def test_a_decoder_follows_the_weights_of_its_model():
     randomise(model, seed=1)
     decoder.reset()
     np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
+
+
+# Global layers
+
+
+class Mean(nn.Cell):
+    """The mean of the text so far, a projection of it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.to_out = nn.Dense(dim, dim)
+
+    def construct(self, x):
+        n = x.shape[1]
+        return self.to_out(ops.matmul(tensor(np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]), x))
+
+    def decoding_cell(self, batch):
+        return MeanStep(self, batch)
+
+
+class MeanStep(nn.Cell):
+    """:class:`Mean`, token by token."""
+
+    def __init__(self, mean, batch):
+        super().__init__(auto_prefix=False)
+        self.mean = mean
+        shape = (batch, 1, mean.to_out.in_channels)
+        self.sum = ms.Parameter(tensor(np.zeros(shape)), name="sum", requires_grad=False)
+
+    def construct(self, x, position):
+        total = x + self.sum * (position > 0).astype(x.dtype)
+        ops.assign(self.sum, total)
+        return self.mean.to_out(total / (position + 1).astype(x.dtype))
+
+
+@both_modes
+@pytest.mark.parametrize("options", [{}, dict(num_residual_streams=2, layers_insert_global_attn=(2,))], ids=str)
+def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, options):
+    model = transformer(depth=2, global_attn_layer=Mean(6), **options)
+    decoder, x = Decoder(model, 2, chunk=4, chunk_from=2), texts(2, 11)
+    decoder.feed(texts(2, 5, seed=3))
+    decoder.reset()
+    logits = np.concatenate([decoder.feed(x[:, :6]), decoder.feed(x[:, 6:])], 1)
+    np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
+
+
+def test_a_global_layer_without_one_is_refused_by_the_decoder():
+    with pytest.raises(ValueError, match="a method decoding_cell"):
+        Decoder(transformer(global_attn_layer=nn.Dense(6, 6)))
 
 
 # generate_tokens
