@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import count
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -130,7 +131,8 @@ class Context:
 
     def reset(self):
         """Forget the context."""
-        self.position = 0
+        self.length = 0  # tokens fed
+        self.position = 0  # those of them that count
         self.newest = np.zeros((self.batch, 0), np.int32)  # what it takes to start again
 
     def feed(self, tokens):
@@ -141,30 +143,34 @@ class Context:
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim == 1:
             return self.feed(tokens[:, None])[:, 0]
-        was_training = self.model.training
-        if was_training:
+        if self.model.training:  # no dropout here
             self.model.set_train(False)
+            logits = self.feed(tokens)
+            self.model.set_train()
+            return logits
         logits = []
         while tokens.shape[1]:
             if self.position == self.limit:
-                kept = self.newest[:, self.limit - self.limit // 2 :]
-                self.reset()
-                self.remember(kept)
-                if kept.shape[1]:
-                    self.advance(kept)
-                self.position = kept.shape[1]
+                self.begin_again(self.newest[:, self.limit - self.limit // 2 :])
             room = tokens.shape[1] if self.limit is None else self.limit - self.position
-            self.remember(tokens[:, :room])
-            logits.append(self.advance(tokens[:, :room]))
-            self.position += tokens[:, :room].shape[1]
+            logits.append(self.extend(tokens[:, :room]))
             tokens = tokens[:, room:]
-        if was_training:
-            self.model.set_train(True)
         return np.concatenate(logits, 1)
 
-    def remember(self, tokens):
+    def begin_again(self, tokens):
+        length = self.length
+        self.reset()
+        if tokens.shape[1]:
+            self.extend(tokens)
+        self.length = length
+
+    def extend(self, tokens):
+        logits = self.advance(tokens)
+        self.length += tokens.shape[1]
+        self.position += tokens.shape[1]
         if self.limit is not None:
             self.newest = np.concatenate([self.newest, tokens], 1)
+        return logits
 
 
 class Decoder(Context):
@@ -200,6 +206,9 @@ class Decoder(Context):
             )
             for name in ("cached_keys", "cached_values")
         ]
+        weights = {id(parameter) for parameter in model.get_parameters()}
+        of_global_steps = [p for cell in self.global_steps for p in cell.get_parameters() if id(p) not in weights]
+        self.state = [*self.rings[0], *self.rings[1], *of_global_steps]
         self.steps = {}  # by number of tokens, made when first needed
 
     def advance(self, tokens):
@@ -252,6 +261,25 @@ class Decoder(Context):
             query_decay[None].astype(np.float32),
         )
 
+    def snapshot(self):
+        """The context as it is now, a :class:`Cache`."""
+        return Cache(self.length, self.position, self.newest, [p.asnumpy().copy() for p in self.state])
+
+    def restore(self, cache):
+        """Go on from a :meth:`snapshot` of a decoder of the same model and batch."""
+        self.length, self.position, self.newest = cache.length, cache.position, cache.newest
+        for parameter, array in zip(self.state, cache.state):
+            parameter.set_data(Tensor(array))
+
+
+class Cache(NamedTuple):
+    """What a :class:`Decoder` knows of a text."""
+
+    length: int
+    position: int
+    newest: np.ndarray
+    state: list
+
 
 class UncachedContext(Context):
     """A :class:`Context` that computes everything again for each token: slow, for comparison and for global layers."""
@@ -269,9 +297,9 @@ class UncachedContext(Context):
 def decoding_cells(model, batch):
     """For each inserted global layer the cell that computes it token by token.
 
-    A ``global_attn_layer`` takes part in cached decoding if it has a method ``decoding_cell(batch)`` that returns a cell
-    ``(x: (b, 1, dim), position: (1,) int32) -> (b, 1, dim)`` for the text's next token. That cell keeps what it needs of
-    earlier tokens in parameters of its own, and begins a new text at position 0.
+    A ``global_attn_layer`` takes part in cached decoding if it has a method ``decoding_cell(batch)`` that returns a
+    cell ``(x: (b, 1, dim), position: (1,) int32) -> (b, 1, dim)`` for the text's next token. That cell keeps what it
+    needs of earlier tokens in parameters of its own, and begins a new text at position 0.
     """
     return [layer.decoding_cell(batch) for layer in global_layers(model)]
 
@@ -285,10 +313,17 @@ def global_layers(model):
     return [layer.global_attention for layer in model.layers if layer.global_attention is not None]
 
 
+def decoder_of(model, batch):
+    """A model's :class:`Decoder`; the last one is kept, as its graphs take seconds to compile."""
+    if model.decoder is None or model.decoder.batch != batch:
+        model.decoder = Decoder(model, batch)
+    return model.decoder
+
+
 def context_of(model, batch):
     """A :class:`Decoder`, or where global layers do not allow it, with a warning, an :class:`UncachedContext`."""
     if can_be_cached(model):
-        return Decoder(model, batch)
+        return decoder_of(model, batch)
     warnings.warn(
         "global_attn_layer has no method decoding_cell: each token computes the whole text again", stacklevel=3
     )

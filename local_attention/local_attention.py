@@ -147,12 +147,13 @@ class LocalAttention(nn.Cell):
         block, before, after, rule = self.layout(window)
         bias = additive_mask(groups, length, block, before, after, rule, TOKEN_SELF_ATTN_VALUE * self.shared_qk)
         if mask is not None:
-            _check_mask(mask.shape, mask.dtype, groups, length)
+            mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
             bias = bias + key_bias(ops.stop_gradient(mask).astype(ms.float32), groups, block, before, after)
         if attn_bias is not None:
-            _check_bias(attn_bias.shape, groups, window, self.look_backward + 1 + self.look_forward)
             # an infinity would outdo what hides a key, and a row of them make NaN
             attn_bias = ops.maximum(attn_bias, HIDDEN)
+            windows = self.look_backward + 1 + self.look_forward
+            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
             bias = bias + window_bias(attn_bias, groups, bias.shape[0] // groups, block, before, after)
         return bias
 
@@ -197,17 +198,21 @@ def _check_shapes(q, k, v, window_size, autopad, dim):
 
 
 @constexpr
-def _check_mask(mask, dtype, groups, length):
+def _checked_mask(mask, dtype, groups, length):
+    """The shape ``mask``. (In graph mode what does not use a check's result may fail before it, with another error.)"""
     if dtype != ms.bool_ or len(mask) != 2 or mask[1] != length or mask[0] < 1 or groups % mask[0]:
         raise ValueError(
             f"expected mask: (b, {length}) booleans, where b divides the {groups} rows of q, got {mask} {dtype}"
         )
+    return mask
 
 
 @constexpr
-def _check_bias(attn_bias, groups, window, windows):
+def _checked_bias(attn_bias, groups, window, windows):
+    """The shape ``attn_bias``."""
     if len(attn_bias) != 3 or attn_bias[0] < 1 or groups % attn_bias[0] or attn_bias[1:] != (window, window * windows):
         raise ValueError(
             f"expected attn_bias: (heads, {window}, {window * windows}), where heads divides the {groups} rows of q, "
             f"got {attn_bias}"
         )
+    return attn_bias

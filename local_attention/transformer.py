@@ -9,7 +9,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
-from local_attention.decode import UncachedContext, context_of, generate_tokens
+from local_attention.decode import UncachedContext, context_of, decoder_of, generate_tokens
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
@@ -248,6 +248,7 @@ class LocalTransformer(nn.Cell):
         inserted = layers_to_insert(global_attn_layer, layers_insert_global_attn, depth)
         self.num_tokens, self.max_seq_len, self.dim, self.ignore_index = num_tokens, max_seq_len, dim, ignore_index
         self.use_abs_pos_emb, self.streams = use_abs_pos_emb, num_residual_streams
+        self.decoder = None  # made when first needed
 
         def layer(number):
             attention = LocalMHA(
@@ -278,22 +279,49 @@ class LocalTransformer(nn.Cell):
             self.to_logits = dense(dim, num_tokens)
             self.cross_entropy = CrossEntropy()
 
-    def construct(self, x, mask=None, return_loss=False):
+    def __call__(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
         """Logits or loss.
 
         Args:
             x: ``(b, n)`` int32 tokens; ``(b, n, dim)`` float32 with ``num_tokens=None``.
             mask: booleans of the shape ``(b, n)`` of the tokens, True where a token may be seen.
+            cache: what a call with ``return_cache`` returned for the first of these tokens: only those that have come
+                since are computed.
             return_loss: take ``(b, n + 1)`` tokens (and mask) and return the mean cross-entropy of each token given
                 those before.
+            return_cache: return the logits and a cache. It may be used again and again; its size depends on the window,
+                not on the text. With learned positions the text starts again where they run out, as in
+                :meth:`generate`. Not inside another cell in graph mode.
 
         Returns:
-            ``(b, n, num_tokens)``; with ``return_loss`` a scalar in nats; with ``num_tokens=None`` ``(b, n, dim)``.
+            ``(b, n, num_tokens)``, with ``cache`` for the tokens that have come since; with ``return_loss`` a scalar in
+            nats; with ``num_tokens=None`` ``(b, n, dim)``.
 
         Raises:
             ValueError: for more than ``max_seq_len`` tokens with learned absolute positions; for another shape; for
-                ``return_loss`` without ``num_tokens``.
+                ``return_loss`` without ``num_tokens``; for ``cache`` or ``return_cache`` with ``mask`` or
+                ``return_loss``, for a cache of another batch or of as many tokens, and as
+                :class:`decode.Decoder`.
         """
+        if cache is None and not return_cache:
+            return super().__call__(x, mask, return_loss)
+        if mask is not None or return_loss:
+            raise ValueError("expected no mask and no return_loss with a cache")
+        tokens = x.asnumpy()
+        decoder = decoder_of(self, len(tokens))
+        if cache is None:
+            decoder.reset()
+        else:
+            if len(cache.newest) != len(tokens) or cache.length >= tokens.shape[1]:
+                raise ValueError(
+                    f"expected tokens ({len(cache.newest)}, n) with n > {cache.length} for this cache, got {x.shape}"
+                )
+            decoder.restore(cache)
+            tokens = tokens[:, cache.length :]
+        logits = ms.Tensor(decoder.feed(tokens))
+        return (logits, decoder.snapshot()) if return_cache else logits
+
+    def construct(self, x, mask=None, return_loss=False):
         _check_input(x.shape, self.num_tokens, self.dim, return_loss)
         if return_loss:
             labels = x[:, 1:].reshape(-1)

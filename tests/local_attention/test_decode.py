@@ -369,6 +369,55 @@ def test_an_empty_prompt_is_refused():
         next(generate_tokens(Decoder(transformer()), [], 3))
 
 
+# LocalTransformer(cache=, return_cache=)
+
+
+@pytest.mark.parametrize("options", [{}, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))])
+def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
+    model, x = transformer(**options), texts(2, 12)
+    wanted = run(model, x)
+    logits, cache = model(tensor(x[:, :5]), return_cache=True)
+    np.testing.assert_allclose(logits.asnumpy(), wanted[:, :5], atol=1e-4)
+    for n in range(6, 11):
+        logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
+        assert logits.shape == (2, 1, 11)
+        np.testing.assert_allclose(logits.asnumpy(), wanted[:, n - 1 : n], atol=1e-4)
+    np.testing.assert_allclose(model(tensor(x), cache=cache).asnumpy(), wanted[:, 10:], atol=1e-4)
+
+
+def test_a_cache_may_be_used_for_several_continuations():
+    model, x = transformer(), texts(2, 8)
+    _, cache = model(tensor(x[:, :6]), return_cache=True)
+    for seed in (1, 2):
+        other = np.concatenate([x[:, :6], texts(2, 2, seed=seed)], 1)
+        np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
+
+
+def test_a_cache_outlives_the_length_of_learned_positions():
+    model, x, decoder = transformer(max_seq_len=8), texts(1, 20), Decoder(transformer(max_seq_len=8))
+    _, cache = model(tensor(x[:, :7]), return_cache=True)
+    wanted = fed(decoder, x)
+    for n in range(8, 21):
+        logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
+        np.testing.assert_allclose(logits.asnumpy()[:, 0], wanted[:, n - 1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((2, 5), {}, "with n > 5"),
+        ((1, 7), {}, r"expected tokens \(2, n\)"),
+        ((2, 7), dict(return_loss=True), "no mask and no return_loss"),
+        ((2, 7), dict(mask=ms.Tensor(np.ones((2, 7), bool))), "no mask and no return_loss"),
+    ],
+)
+def test_what_does_not_fit_a_cache_is_refused(shape, options, message):
+    model = transformer()
+    _, cache = model(tensor(texts(2, 5)), return_cache=True)
+    with pytest.raises(ValueError, match=message):
+        model(tensor(texts(*shape)), cache=cache, **options)
+
+
 # LocalTransformer.generate
 
 

@@ -560,7 +560,8 @@ def test_a_window_in_the_call_is_refused_without_xpos(mode, rng):
     ],
     ids=str,
 )
-def test_masks_and_biases_that_do_not_fit_are_refused(added, parts, rng):
+@both_modes
+def test_masks_and_biases_that_do_not_fit_are_refused(mode, added, parts, rng):
     with pytest.raises(ValueError) as error:
         attend(dict(window_size=4), *qkv(rng, 2, 2, 8, 4), **added)
     assert all(part in str(error.value) for part in parts), error.value
