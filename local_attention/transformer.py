@@ -304,7 +304,7 @@ class LocalTransformer(nn.Cell):
                 :class:`decode.Decoder`.
         """
         if cache is None and not return_cache:
-            return super().__call__(x, mask, return_loss)
+            return super().__call__(x, mask, None, return_loss)
         if mask is not None or return_loss:
             raise ValueError("expected no mask and no return_loss with a cache")
         tokens = x.asnumpy()
@@ -321,7 +321,8 @@ class LocalTransformer(nn.Cell):
         logits = ms.Tensor(decoder.feed(tokens))
         return (logits, decoder.snapshot()) if return_cache else logits
 
-    def construct(self, x, mask=None, return_loss=False):
+    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
+        _check_no_cache(cache, return_cache)
         _check_input(x.shape, self.num_tokens, self.dim, return_loss)
         if return_loss:
             labels = x[:, 1:].reshape(-1)
@@ -426,6 +427,12 @@ def _check_input(shape, num_tokens, dim, return_loss):
         raise ValueError(f"without num_tokens, expected x: (b, n, {dim}) and return_loss=False, got x: {shape}")
     if num_tokens is not None and (len(shape) != 2 or shape[1] < 1 + return_loss):
         raise ValueError(f"expected tokens (b, n) with n >= {1 + return_loss}, got {shape}")
+
+
+@constexpr
+def _check_no_cache(cache, return_cache):
+    if cache is not None or return_cache:
+        raise ValueError("expected no cache and no return_cache inside another cell in graph mode")
 
 
 @constexpr
