@@ -20,38 +20,26 @@ from hydra import compose, initialize_config_dir
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+from local_attention.torch_state import torch_state
 from local_attention.training.build import build_model
+from local_attention.training.command import fail
 from local_attention.training.config import run_config
 from local_attention.training.crops import StepCrops
 from local_attention.training.device import use_device
+from local_attention.training.errors import UsageError
 from local_attention.training.optimizer import build_optimizer
 from local_attention.training.step import TrainStep
-from scripts.pytorch_original import import_original, original_state
+from scripts.pytorch_original import import_original, original_arguments
 
 TOLERANCE = 1e-3
 
 
 def original_model(model, config):
     """The original's ``LocalTransformer`` with the weights of ``model``."""
-    torch_model = import_original().LocalTransformer(
-        num_tokens=config.num_tokens,
-        max_seq_len=config.max_seq_len,
-        dim=config.dim,
-        depth=config.depth,
-        heads=config.heads,
-        dim_head=config.dim_head,
-        ff_mult=config.ff_mult,
-        local_attn_window_size=config.local_attn_window_size,
-        look_backward=config.look_backward,
-        exact_windowsize=config.exact_windowsize,
-        num_residual_streams=1,
-    )
-    state = {name: torch.from_numpy(array.copy()) for name, array in original_state(model).items()}
-    missing, unexpected = torch_model.load_state_dict(state, strict=False)
-    buffers = {name for name, _ in torch_model.named_buffers()}
-    if unexpected or set(missing) - buffers:
-        raise ValueError(f"weights do not fit the original: missing {missing}, unexpected {unexpected}")
-    return torch_model
+    theirs = import_original().LocalTransformer(**original_arguments(config))
+    theirs.load_state_dict({name: torch.from_numpy(array) for name, array in torch_state(model).items()})
+    theirs.pos_emb.requires_grad_(config.use_abs_pos_emb)  # else zeros, and not to be learned
+    return theirs
 
 
 def original_steps(model, optimizer, batches, clip_norm):
@@ -69,6 +57,8 @@ def main():
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
         fixed = ["optimizer=adam", "schedule=constant", "train.max_steps=20", "train.grad_accum_every=1"]
         config = run_config(compose("train", [*fixed, *sys.argv[1:]]))
+    if config.model.attn_dropout or config.model.ff_dropout:
+        raise UsageError("expected no dropout: each side would draw other numbers")
     train = config.train
     corpus = data.load(config.data)
     crops = StepCrops(data.CropSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
@@ -96,4 +86,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        sys.exit(fail(error, error.exit_status))

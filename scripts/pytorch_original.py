@@ -1,17 +1,18 @@
-"""The PyTorch package ``local-attention`` beside this project's package of the same import name.
-
-Needs the parity extra: ``pip install -e '.[parity]'``.
-"""
+"""The PyTorch package ``local-attention`` beside this project's package of the same import name."""
 
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 
-import numpy as np
+from local_attention.training.config import as_dict
+from local_attention.training.errors import UsageError
 
 
 def import_original():
-    """The original's module ``local_attention.transformer``, which leaves ``import local_attention`` as it was."""
+    """The original's module ``local_attention.transformer``, which leaves ``import local_attention`` as it was.
+
+    Needs the parity extra: ``pip install -e '.[parity]'``.
+    """
     try:
         folder = str(distribution("local-attention").locate_file(""))
     except PackageNotFoundError:
@@ -27,29 +28,23 @@ def import_original():
         sys.modules.update(ours)
 
 
-def original_state(model):
-    """The weights of a ``LocalTransformer`` under the original's names (for ``num_residual_streams=1``), as arrays."""
-    weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
-    state = {"token_emb.weight": weights["token_emb.embedding_table"]}
-    if model.use_abs_pos_emb:
-        state["pos_emb.weight"] = weights["pos_emb.embedding_table"]
+def original_arguments(config):
+    """The keyword arguments with which the original's ``LocalTransformer`` is the model of a ``ModelConfig``.
 
-    def norm(theirs, ours):
-        state[f"{theirs}.weight"], state[f"{theirs}.bias"] = (
-            weights[f"{ours}.{name}"][0] for name in ("gamma", "beta")
+    Raises:
+        UsageError: for what the original cannot be.
+    """
+    if config.scale is not None:
+        raise UsageError(f"model.scale={config.scale}: the original has no model with another scale than the default")
+    if not config.use_rotary_pos_emb and not config.use_dynamic_pos_bias:
+        raise UsageError(
+            "model.use_rotary_pos_emb=false: the original has no model without rotary embeddings but one with "
+            "model.use_dynamic_pos_bias=true"
         )
-
-    def linear(theirs, *ours):
-        state[f"{theirs}.weight"] = np.concatenate([weights[f"{name}.weight"] for name in ours])
-
-    for i in range(len(model.layers)):
-        attention, feed_forward = f"layers.{i}.attention", f"layers.{i}.feed_forward"
-        norm(f"layers.{i}.0.branch.norm", f"{attention}.norm")
-        linear(f"layers.{i}.0.branch.to_qkv", *(f"{attention}.to_{name}" for name in "qkv"))
-        linear(f"layers.{i}.0.branch.to_out", f"{attention}.to_out")
-        norm(f"layers.{i}.1.branch.0", f"{feed_forward}.norm")
-        linear(f"layers.{i}.1.branch.1", f"{feed_forward}.to_value", f"{feed_forward}.to_gate")
-        linear(f"layers.{i}.1.branch.4", f"{feed_forward}.to_out")
-    norm("to_logits.0", "norm")
-    linear("to_logits.1", "to_logits")
-    return state
+    if config.use_dynamic_pos_bias and config.look_backward != 1:
+        raise UsageError(
+            f"model.look_backward={config.look_backward} with model.use_dynamic_pos_bias=true: the original's bias is "
+            "for one window back and no other number"
+        )
+    ours_alone = {"scale", "use_rotary_pos_emb", "use_abs_pos_emb"}  # without these positions, the original's are zeros
+    return {key: value for key, value in as_dict(config).items() if key not in ours_alone}

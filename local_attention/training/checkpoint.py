@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, flushed, moved into place.
 
-A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``, the optimizer's state under ``optimizer.``) and
-a ``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the newest and the best one. The sidecar
-is written after the tensors, and a checkpoint counts as there once its sidecar is.
+A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``; the optimizer's state under ``optimizer.``,
+unless the weights were imported) and a ``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the
+newest and the best one. The sidecar is written after the tensors, and a checkpoint counts as there once its sidecar is.
 """
 
 import json
@@ -142,9 +142,13 @@ def tensors_of(model, optimizer):
 def restore(tensors, model, optimizer=None):
     """Put the tensors of a checkpoint back; without ``optimizer`` only those of the model.
 
+    One that holds weights alone, as an imported one does, leaves the optimizer as it is.
+
     Raises:
         CheckpointError: naming a tensor that is missing, left over or of another shape.
     """
+    if not any(name.startswith("optimizer.") for name in tensors):
+        optimizer = None
     wanted = named_parameters(model, optimizer)
     given = {name for name in tensors if optimizer is not None or name.startswith("model.")}
     for name in sorted(given ^ set(wanted)):

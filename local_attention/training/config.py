@@ -33,11 +33,22 @@ class ModelConfig:
     heads: int = 8
     dim_head: int = 64
     ff_mult: float = 4.0
+    num_residual_streams: int = 1
+    attn_dropout: float = 0.0
+    ff_dropout: float = 0.0
     local_attn_window_size: int = 256
     look_backward: int = 1
     exact_windowsize: bool = True
     use_abs_pos_emb: bool = True
     use_rotary_pos_emb: bool = True
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    use_dynamic_pos_bias: bool = False
+    scale: float | None = None
+    qk_rmsnorm: bool = False
+    qk_scale: float = 8.0
+    shared_qk: bool = False
+    gate_values_per_head: bool = False
 
 
 @dataclass
@@ -145,7 +156,7 @@ class EvaluateConfig:
 POSITIVE = (lambda value: value > 0, "a number above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 FRACTION = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
-DECAY_RATE = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+BELOW_1 = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def one_of(*names):
@@ -162,20 +173,27 @@ DATA_RANGES = {
     "data.max_bytes": POSITIVE,
 }
 DEVICE_RANGES = {"device.target": one_of("auto", "CPU", "GPU", "Ascend")}
+MODEL_RANGES = {
+    "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
+    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head")},
+    "model.ff_mult": (lambda value: value >= 1, "1 or more"),
+    "model.num_residual_streams": POSITIVE,
+    "model.attn_dropout": BELOW_1,
+    "model.ff_dropout": BELOW_1,
+    "model.local_attn_window_size": POSITIVE,
+    "model.look_backward": NOT_NEGATIVE,
+    **{f"model.{key}": POSITIVE for key in ("xpos_scale_base", "scale", "qk_scale")},
+}
 RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
     **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
     **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
     **DATA_RANGES,
-    "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
-    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head")},
-    "model.ff_mult": (lambda value: value >= 1, "1 or more"),
-    "model.local_attn_window_size": POSITIVE,
-    "model.look_backward": NOT_NEGATIVE,
+    **MODEL_RANGES,
     "optimizer.name": one_of("adam", "adamw"),
     "optimizer.lr": POSITIVE,
-    "optimizer.beta1": DECAY_RATE,
-    "optimizer.beta2": DECAY_RATE,
+    "optimizer.beta1": BELOW_1,
+    "optimizer.beta2": BELOW_1,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "schedule.name": one_of("constant", "cosine", "wsd"),
@@ -218,11 +236,7 @@ def run_config(config):
             f"train.seq_len={train.seq_len} is not a multiple of model.local_attn_window_size="
             f"{model.local_attn_window_size}: change one of them"
         )
-    if model.use_rotary_pos_emb and model.dim_head % 2:
-        raise UsageError(
-            f"model.dim_head={model.dim_head} is odd, but rotary embeddings turn pairs of channels: "
-            "use an even one, or model.use_rotary_pos_emb=false"
-        )
+    check_model(model)
     if model.use_abs_pos_emb and model.max_seq_len < train.seq_len:
         raise UsageError(
             f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: "
@@ -230,6 +244,36 @@ def run_config(config):
         )
     require_path(run.data)
     return run
+
+
+def check_model(model):
+    """Raise :class:`UsageError` for options of a ``ModelConfig`` that do not go together."""
+    rotary = model.use_rotary_pos_emb and not model.use_dynamic_pos_bias
+    if rotary and model.dim_head % 2:
+        raise UsageError(
+            f"model.dim_head={model.dim_head} is odd, but rotary embeddings turn pairs of channels: "
+            "use an even one, or model.use_rotary_pos_emb=false"
+        )
+    if model.use_xpos and not rotary:
+        raise UsageError(
+            "model.use_xpos=true is for rotary embeddings, which model.use_rotary_pos_emb=false and "
+            "model.use_dynamic_pos_bias=true turn off: use one or the other"
+        )
+    if model.xpos_scale_base is not None and not model.use_xpos:
+        raise UsageError(f"model.xpos_scale_base={model.xpos_scale_base} needs model.use_xpos=true")
+    if model.use_xpos:
+        scale_base = model.xpos_scale_base or max(model.local_attn_window_size // 2, 1)
+        span = model.local_attn_window_size * (model.look_backward + 1)
+        least = span / 110  # the decay over half the span is 3.5 ** 55 = 8e29 then; the library refuses 1e30
+        if scale_base < least:
+            raise UsageError(
+                f"the decay of xPos with the base {scale_base:g} overflows over {span} bytes, a window and those it "
+                f"looks back: use model.xpos_scale_base={math.ceil(least)} or more"
+            )
+    if model.scale is not None and model.qk_rmsnorm:
+        raise UsageError(
+            f"model.scale={model.scale} with model.qk_rmsnorm=true: expected model.qk_scale, which is the factor then"
+        )
 
 
 def generate_config(config):
@@ -247,12 +291,16 @@ def evaluate_config(config):
     """Turn what Hydra composed into a checked :class:`EvaluateConfig`; raises :class:`UsageError`."""
     evaluate = typed(EvaluateConfig, config)
     check_ranges(evaluate, EVALUATE_RANGES)
-    if not evaluate.run and evaluate.checkpoint in ("best", "last"):
-        raise UsageError(
-            "expected the run to score, such as run=runs/quickstart/2026-01-31_10-00-00, or checkpoint=FILE"
-        )
+    require_run_or_file(evaluate, "score")
     require_path(evaluate.data)
     return evaluate
+
+
+def require_run_or_file(config, verb):
+    if not config.run and config.checkpoint in ("best", "last"):
+        raise UsageError(
+            f"expected the run to {verb}, such as run=runs/quickstart/2026-01-31_10-00-00, or checkpoint=FILE"
+        )
 
 
 def require_path(data):

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from local_attention.training.checkpoint import Checkpoints, write_text
-from local_attention.training.config import as_dict
+from local_attention.training.config import RunConfig, as_dict
 from local_attention.training.errors import CheckpointError, UsageError
 
 # What a continued run must share with the run that wrote the checkpoint.
@@ -85,6 +85,9 @@ def origin(config, corpus):
 def check_same_run(config, corpus, meta):
     """Refuse to go on with other settings or bytes than the checkpoint's where that would not be the same run.
 
+    A setting that is younger than the checkpoint had its default there. Groups of settings and bytes of which the
+    checkpoint says nothing, as one of imported weights does, may be any.
+
     Args:
         config: a ``RunConfig``.
         corpus: the data of now.
@@ -93,11 +96,12 @@ def check_same_run(config, corpus, meta):
     Raises:
         UsageError: naming the setting and both values.
     """
-    before, now = (flat({**o["config"], "data": o["data"]}) for o in (meta, origin(config, corpus)))
-    for key in sorted(set(before) | set(now)):
-        if key.startswith(FIXED) and before.get(key) != now.get(key):
+    defaults = {group: values for group, values in as_dict(RunConfig()).items() if group in meta["config"]}
+    before, now = (flat({**o["config"], "data": o.get("data", {})}) for o in (meta, origin(config, corpus)))
+    for key, value in sorted((flat(defaults) | before).items()):
+        if key.startswith(FIXED) and value != now.get(key):
             raise UsageError(
-                f"cannot continue: {key} was {before.get(key)} in the run and is {now.get(key)} now; "
+                f"cannot continue: {key} was {value} in the run and is {now.get(key)} now; "
                 "give the old value, or begin a new run with another run_dir"
             )
 

@@ -23,12 +23,15 @@ from local_attention.training.config import (
     keys_of,
     run_config,
 )
+from scripts.export_torch import ExportConfig, export_config
+from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GROUPS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONFIGS]
-COMMANDS = {"train": "train.py", "generate": "generate.py", "evaluate": "scripts/evaluate.py"}
+COMMANDS = {"train": "train.py", "generate": "generate.py"}
+COMMANDS |= {name: f"scripts/{name}.py" for name in ("evaluate", "import_torch", "export_torch")}
 EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
 
 
@@ -88,6 +91,23 @@ def test_evaluate_has_every_key_of_its_dataclass_and_its_defaults():
     assert evaluate_config(composed) == EvaluateConfig(run="a")
 
 
+def test_import_torch_has_every_key_of_its_dataclass_and_its_defaults():
+    composed = compose("import_torch", ["weights=a.pt", "run_dir=a", "model.local_attn_window_size=8"])
+    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ImportConfig))
+    assert import_config(composed) == ImportConfig("a.pt", "a", ImportedModelConfig(local_attn_window_size=8))
+
+
+def test_export_torch_has_every_key_of_its_dataclass_and_its_defaults():
+    composed = compose("export_torch", ["run=a", "output=a.pt"])
+    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ExportConfig))
+    assert export_config(composed) == ExportConfig(run="a", output="a.pt")
+
+
+def test_a_model_is_by_default_that_of_the_dataclass():
+    """Whose values ``scripts/import_torch.py`` leaves out of the command that it prints."""
+    assert run_config(compose("train")).model == ModelConfig()
+
+
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "data"])
 def test_evaluate_takes_the_same_data_as_training(name):
     overrides = overrides_of("data", name)
@@ -142,10 +162,8 @@ def meanings(files):
 @pytest.mark.parametrize("file", FILES, ids=identity)
 def test_each_key_has_a_comment_here_or_where_it_comes_from(file):
     """A key need not be explained again in each file of its folder, nor one whose value is the name of its file."""
-    if file.stem in ("generate", "evaluate"):
-        explained = meanings([file])
-    else:
-        explained = meanings(other for other in FILES if other.stem not in ("generate", "evaluate"))
+    apart = {"generate", "evaluate", "export_torch"}
+    explained = meanings([file] if file.stem in apart else [other for other in FILES if other.stem not in apart])
     named = {f"{file.parent.name}.{key}" for key in ("name", "source")}
     lacking = [key for key, _ in documented_keys(file) if key not in explained | named]
     assert not lacking

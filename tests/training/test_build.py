@@ -49,6 +49,10 @@ def logits(model):
         ({"heads": 3}, "layers.0.attention.to_q.weight", (24, 16)),
         ({"dim_head": 10}, "layers.0.attention.to_q.weight", (20, 16)),
         ({"ff_mult": 6.0}, "layers.0.feed_forward.to_out.weight", (16, 64)),
+        ({"num_residual_streams": 3}, "layers.0.attention_connection.static_beta", (3,)),
+        ({"use_dynamic_pos_bias": True}, "dynamic_pos_bias.mlp.0.weight", (8, 1)),
+        ({"qk_rmsnorm": True}, "layers.0.attention.q_scale", (8,)),
+        ({"gate_values_per_head": True}, "layers.0.attention.to_v_gate.weight", (2, 16)),
     ],
 )
 def test_sizes_reach_the_weights(options, name, shape):
@@ -57,16 +61,28 @@ def test_sizes_reach_the_weights(options, name, shape):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "others, options",
     [
-        {"local_attn_window_size": 4},
-        {"look_backward": 0},
-        {"exact_windowsize": False},
-        {"use_rotary_pos_emb": False},
+        ({}, {"local_attn_window_size": 4}),
+        ({}, {"look_backward": 0}),
+        ({}, {"exact_windowsize": False}),
+        ({}, {"use_rotary_pos_emb": False}),
+        ({}, {"use_xpos": True}),
+        ({"use_xpos": True}, {"xpos_scale_base": 20.0}),
+        ({}, {"scale": 0.1}),
+        ({"qk_rmsnorm": True}, {"qk_scale": 3.0}),
+        ({}, {"shared_qk": True}),
     ],
 )
-def test_options_without_weights_reach_the_computation(options):
-    assert abs(logits(built(**options)) - logits(built())).max() > 1e-3
+def test_options_without_weights_reach_the_computation(others, options):
+    assert abs(logits(built(**others, **options)) - logits(built(**others))).max() > 1e-3
+
+
+@pytest.mark.parametrize("option", ["attn_dropout", "ff_dropout"])
+def test_dropout_reaches_training_and_nothing_else(option):
+    model, without = built(**{option: 0.5}), logits(built().set_train())
+    assert abs(logits(model.set_train()) - without).max() > 1e-3
+    np.testing.assert_array_equal(logits(model.set_train(False)), without)
 
 
 def test_learned_positions_can_be_left_out():
@@ -89,6 +105,15 @@ def test_a_checkpoint_is_enough_to_rebuild_its_model(saved):
     np.testing.assert_array_equal(loaded(TOKENS).asnumpy(), model(TOKENS).asnumpy())
     assert meta["step"] == 7
     assert loaded.training is False
+
+
+def test_a_checkpoint_that_is_older_than_an_option_is_of_a_model_without_it(saved):
+    path, model = saved
+    meta = json.loads(path.with_suffix(".json").read_text())
+    kept = {*SMALL, "num_tokens", "ff_mult", "look_backward", "exact_windowsize", "use_abs_pos_emb"}
+    meta["config"]["model"] = {key: value for key, value in meta["config"]["model"].items() if key in kept}
+    path.with_suffix(".json").write_text(json.dumps(meta))
+    np.testing.assert_array_equal(load_model(path)[0](TOKENS).asnumpy(), model(TOKENS).asnumpy())
 
 
 def test_a_checkpoint_whose_tensors_are_not_of_its_config_is_refused(saved):

@@ -1,6 +1,10 @@
+import math
 import types
 import typing
+from dataclasses import replace
 
+import mindspore as ms
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -8,6 +12,7 @@ from omegaconf import OmegaConf
 from local_attention.training.config import (
     EVALUATE_RANGES,
     GENERATE_RANGES,
+    MODEL_RANGES,
     RUN_RANGES,
     DataConfig,
     EvaluateConfig,
@@ -26,6 +31,9 @@ from local_attention.training.config import (
     unknown_key,
 )
 from local_attention.training.errors import UsageError
+from local_attention.transformer import LocalTransformer
+from scripts.export_torch import ExportConfig, export_config
+from scripts.import_torch import ImportConfig, import_config
 from tests.training.toys import CONFIGS
 
 INF, NAN = float("inf"), float("nan")
@@ -33,13 +41,21 @@ PRESETS = {
     "train": (RunConfig, run_config, {}),
     "generate": (GenerateConfig, generate_config, {"run": "runs/a"}),
     "evaluate": (EvaluateConfig, evaluate_config, {"run": "runs/a"}),
+    "import_torch": (
+        ImportConfig,
+        import_config,
+        {"weights": "a.pt", "run_dir": "runs/a", "model.local_attn_window_size": 256},
+    ),
+    "export_torch": (ExportConfig, export_config, {"run": "runs/a", "output": "a.pt"}),
 }
+NEEDED = {("generate", "run"), ("evaluate", "run"), ("export_torch", "run"), ("export_torch", "output")}
+NEEDED |= {("import_torch", key) for key in ("weights", "run_dir", "model.local_attn_window_size")}
 
 # key: values that are refused, values at the edge that are not
 COUNT = [0, -1], [1]
 NUMBER = [0.0, -0.5, INF, NAN], [1e-9]
 FROM_0 = [-1], [0]
-DECAY_RATE = [-0.1, 1.0, NAN], [0.0, 0.999]
+BELOW_1 = [-0.1, 1.0, NAN], [0.0, 0.999]
 FRACTION = [-0.01, 1.01, NAN], [0.0, 1.0]
 SEED = [-1, 2**32], [0, 2**32 - 1]
 TARGET = ["cpu", "TPU", ""], ["auto", "CPU", "GPU", "Ascend"]
@@ -48,19 +64,25 @@ DATA = {
     "data.fallback": (["file", ""], ["stdlib", None]),
     "data.max_bytes": ([0, -1], [1, None]),
 }
+MODEL = {
+    "model.num_tokens": ([255, 0, -1], [256, 300]),
+    "model.max_seq_len": ([0, -1], [1024]),
+    **{f"model.{key}": COUNT for key in ("dim", "depth", "heads", "local_attn_window_size", "num_residual_streams")},
+    "model.dim_head": ([0, -2], [2]),
+    "model.ff_mult": ([0.0, -1.0, 0.5, INF, NAN], [1.0]),
+    "model.look_backward": FROM_0,
+    **{f"model.{key}": BELOW_1 for key in ("attn_dropout", "ff_dropout")},
+    **{f"model.{key}": NUMBER for key in ("scale", "qk_scale")},
+    "model.xpos_scale_base": (NUMBER[0], [None]),
+}
 EDGES = {
     "train": {
         **DATA,
-        "model.num_tokens": ([255, 0, -1], [256, 300]),
-        "model.max_seq_len": ([0, -1], [1024]),
-        **{f"model.{key}": COUNT for key in ("dim", "depth", "heads", "local_attn_window_size")},
-        "model.dim_head": ([0, -2], [2]),
-        "model.ff_mult": ([0.0, -1.0, 0.5, INF, NAN], [1.0]),
-        "model.look_backward": FROM_0,
+        **MODEL,
         "optimizer.name": (["sgd", "Adam", ""], ["adam", "adamw"]),
         "optimizer.lr": NUMBER,
-        "optimizer.beta1": DECAY_RATE,
-        "optimizer.beta2": DECAY_RATE,
+        "optimizer.beta1": BELOW_1,
+        "optimizer.beta2": BELOW_1,
         "optimizer.eps": NUMBER,
         "optimizer.weight_decay": ([-0.1, INF, NAN], [0.0]),
         "schedule.name": (["linear", ""], ["constant", "cosine", "wsd"]),
@@ -90,6 +112,8 @@ EDGES = {
         **{key: ([0, -1], [1, None]) for key in ("seq_len", "stride", "batch_size")},
         "device.target": TARGET,
     },
+    "import_torch": MODEL,
+    "export_torch": {},
 }
 REFUSED = [(name, key, value) for name, edges in EDGES.items() for key, (bad, _) in edges.items() for value in bad]
 ALLOWED = [(name, key, value) for name, edges in EDGES.items() for key, (_, good) in edges.items() for value in good]
@@ -151,6 +175,7 @@ def message_of(checked, name, **changes):
 
 def test_every_range_has_its_edges_here():
     ranges = {"train": RUN_RANGES, "generate": GENERATE_RANGES, "evaluate": EVALUATE_RANGES}
+    ranges |= {"import_torch": MODEL_RANGES, "export_torch": {}}
     for name, edges in EDGES.items():
         assert edges.keys() == ranges[name].keys(), name
 
@@ -183,8 +208,8 @@ def test_a_value_of_another_type_is_refused_naming_key_and_value(checked, name, 
 @pytest.mark.parametrize("name, key", LEAVES)
 def test_null_is_taken_where_a_key_is_optional_and_nowhere_else(checked, name, key):
     optional = types.NoneType in options_of(name, key)
-    changes = {"run": {"run": "runs/a"}, "train.max_steps": {"train.max_minutes": 1.0}}.get(key, {})
-    if optional and key != "run":
+    changes = {"train.max_steps": {"train.max_minutes": 1.0}}.get(key, {})
+    if optional and (name, key) not in NEEDED:
         checked(name, **{key: None, **changes})
     else:
         assert key in message_of(checked, name, **{key: None})
@@ -247,6 +272,47 @@ def test_rotary_embeddings_need_an_even_head(checked):
     assert checked("train", model__dim_head=7, model__use_rotary_pos_emb=False).model.dim_head == 7
 
 
+def test_a_dynamic_bias_is_no_rotary_embedding(checked):
+    assert checked("train", model__dim_head=7, model__use_dynamic_pos_bias=True).model.dim_head == 7
+
+
+@pytest.mark.parametrize("off", [{"model__use_rotary_pos_emb": False}, {"model__use_dynamic_pos_bias": True}])
+def test_xpos_needs_rotary_embeddings(checked, off):
+    assert "model.use_xpos=true is for rotary" in message_of(checked, "train", model__use_xpos=True, **off)
+    assert checked("train", model__use_xpos=True).model.use_xpos
+
+
+def test_a_base_of_xpos_needs_xpos(checked):
+    message = message_of(checked, "train", model__xpos_scale_base=64)
+    assert message == "model.xpos_scale_base=64.0 needs model.use_xpos=true"
+    assert checked("train", model__xpos_scale_base=64, model__use_xpos=True).model.xpos_scale_base == 64
+
+
+@pytest.mark.parametrize("window, look_backward", [(256, 1), (64, 3)])
+def test_a_base_of_xpos_whose_decay_overflows_is_refused_naming_one_that_does_not(checked, window, look_backward):
+    sizes = dict(model__local_attn_window_size=window, model__look_backward=look_backward, model__use_xpos=True)
+    least = window * (look_backward + 1) / 110
+    message = message_of(checked, "train", model__xpos_scale_base=least - 0.01, **sizes)
+    assert message.endswith(f"use model.xpos_scale_base={math.ceil(least)} or more")
+    model = checked("train", model__xpos_scale_base=least + 0.01, **sizes).model
+    small = LocalTransformer(**as_dict(replace(model, dim=4, depth=1, heads=1, dim_head=2)))
+    small(ms.Tensor(np.zeros((1, window), np.int32)))  # the library allows it, too
+
+
+def test_the_base_of_xpos_that_is_not_given_can_be_too_small_as_well(checked):
+    sizes = dict(model__local_attn_window_size=4, model__use_xpos=True)
+    message = message_of(checked, "train", model__look_backward=120, **sizes)
+    assert "with the base 2 overflows over 484 bytes" in message and "use model.xpos_scale_base=5" in message
+    assert checked("train", model__look_backward=50, **sizes).model.xpos_scale_base is None
+
+
+def test_there_is_one_factor_of_scores(checked):
+    message = message_of(checked, "train", model__scale=0.1, model__qk_rmsnorm=True)
+    assert "model.scale=0.1 with model.qk_rmsnorm=true: expected model.qk_scale" in message
+    assert checked("train", model__scale=0.1).model.scale == 0.1
+    assert checked("train", model__qk_scale=9, model__qk_rmsnorm=True).model.qk_scale == 9
+
+
 def test_learned_positions_reach_as_far_as_a_crop(checked):
     message = message_of(checked, "train", train__seq_len=512, model__max_seq_len=511)
     assert "model.max_seq_len=511 is shorter than train.seq_len=512" in message
@@ -270,11 +336,12 @@ def test_generating_takes_one_prompt(checked):
     assert checked("generate", prompt_file="b").prompt_file == "b"
 
 
-def test_evaluating_needs_a_run_or_a_checkpoint_file(checked):
+@pytest.mark.parametrize("command", ["evaluate", "export_torch"])
+def test_evaluating_and_exporting_need_a_run_or_a_checkpoint_file(checked, command):
     for name in ("best", "last"):
-        message = message_of(checked, "evaluate", run=None, checkpoint=name)
+        message = message_of(checked, command, run=None, checkpoint=name)
         assert "run=runs/" in message and "checkpoint=FILE" in message
-    assert checked("evaluate", run=None, checkpoint="a.safetensors").checkpoint == "a.safetensors"
+    assert checked(command, run=None, checkpoint="a.safetensors").checkpoint == "a.safetensors"
 
 
 # What an evaluation takes from a checkpoint

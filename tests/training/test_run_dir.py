@@ -152,6 +152,13 @@ CHANGED = {  # key of a run's config: a value other than the default
     "model.exact_windowsize": False,
     "model.use_abs_pos_emb": False,
     "model.use_rotary_pos_emb": False,
+    "model.use_xpos": True,
+    "model.xpos_scale_base": 64.0,
+    "model.use_dynamic_pos_bias": True,
+    "model.scale": 0.1,
+    "model.qk_rmsnorm": True,
+    "model.shared_qk": True,
+    "model.gate_values_per_head": True,
     "optimizer.name": "adamw",
     "schedule.name": "wsd",
     "train.max_minutes": 3.0,
@@ -205,6 +212,25 @@ def test_other_bytes_are_refused_whatever_they_are_called():
 
 def test_the_same_bytes_under_another_name_are_allowed():
     check_same_run(RunConfig(), Corpus("other", CORPUS.bytes), saved(RunConfig()))
+
+
+@pytest.mark.parametrize("key", sorted(key for key in FIXED if "." in key))
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(key):
+    group, name = key.split(".")
+    meta = saved(RunConfig())
+    del meta["config"][group][name]
+    check_same_run(RunConfig(), CORPUS, meta)
+    config, before, now = changed(key)
+    with pytest.raises(UsageError, match=re.escape(f"{key} was {before} in the run and is {now} now")):
+        check_same_run(config, CORPUS, meta)
+
+
+def test_a_checkpoint_that_tells_nothing_but_its_model_goes_on_with_anything_else():
+    meta = {"config": {"model": saved(RunConfig())["config"]["model"]}}
+    for key in sorted(set(keys_of(RunConfig)) - {key for key in FIXED if key.startswith("model.")}):
+        check_same_run(changed(key)[0], CORPUS, meta)
+    with pytest.raises(UsageError, match=r"model\.dim was 512 in the run and is 515 now"):
+        check_same_run(changed("model.dim")[0], CORPUS, meta)
 
 
 # The directory.

@@ -1,0 +1,189 @@
+"""Make a run of PyTorch weights: ``python scripts/import_torch.py weights=FILE run_dir=RUN_DIR …``; see README.md."""
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from local_attention.training.command import command
+from local_attention.training.config import MODEL_RANGES, ModelConfig, as_dict, check_model, check_ranges, typed
+from local_attention.training.errors import UsageError
+from scripts.torch_files import read_state, require_ending
+
+
+@dataclass
+class ImportedModelConfig(ModelConfig):
+    """Keyword arguments of ``LocalTransformer``. None: as the weights say, which is all but the window size."""
+
+    num_tokens: int | None = None
+    max_seq_len: int | None = None
+    dim: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    dim_head: int | None = None
+    ff_mult: float | None = None
+    num_residual_streams: int | None = None
+    local_attn_window_size: int | None = None
+    use_abs_pos_emb: bool | None = None
+    use_dynamic_pos_bias: bool | None = None
+    qk_rmsnorm: bool | None = None
+    gate_values_per_head: bool | None = None
+
+
+@dataclass
+class ImportConfig:
+    """What becomes a run, and of which model the weights are."""
+
+    weights: str | None = None
+    run_dir: str | None = None
+    model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
+
+
+def import_config(config):
+    """Turn what Hydra composed into a checked :class:`ImportConfig`; raises :class:`UsageError`."""
+    imported = typed(ImportConfig, config)
+    check_ranges(imported, MODEL_RANGES)
+    if not imported.weights:
+        raise UsageError("expected the weights to import, such as weights=model.pt")
+    require_ending("weights", imported.weights)
+    if not imported.run_dir:
+        raise UsageError("expected the directory to write, such as run_dir=runs/imported")
+    if imported.model.local_attn_window_size is None:
+        raise UsageError("expected model.local_attn_window_size=NUMBER, as no weights tell it (PyTorch's default: 512)")
+    return imported
+
+
+def complete(config, state):
+    """The ``ModelConfig`` of an :class:`ImportConfig`: what it leaves open is as the state dict says.
+
+    Raises:
+        UsageError: where the two contradict each other, or neither of them tells something.
+    """
+    found = told_by(state, config)
+    for key, value in found.items():
+        given = getattr(config.model, key)
+        if given is not None and given != value:
+            raise UsageError(f"model.{key}={json.dumps(given)}: expected {json.dumps(value)}, as in {config.weights}")
+    model = ModelConfig(**as_dict(replace(config.model, **found)))
+    check_ranges(replace(config, model=model), MODEL_RANGES)
+    check_model(model)
+    return model
+
+
+def told_by(state, config):
+    """What a state dict tells of its model, as keys of a ``ModelConfig``."""
+
+    def shape(name, axes):
+        found = state[name].shape if name in state else None
+        if found is None or len(found) != axes:
+            raise UsageError(
+                f"{config.weights}: expected the state dict of a LocalTransformer with num_tokens, in which {name} has "
+                f"{axes} axes; got {'none' if found is None else found}"
+            )
+        return found
+
+    def length(name):
+        return shape(name, 1)[0] if name in state else None
+
+    attention, given = "layers.0.0.branch", config.model
+    num_tokens, dim = shape("token_emb.weight", 2)
+    max_seq_len, _ = shape("pos_emb.weight", 2)
+    _, channels = shape(f"{attention}.to_out.weight", 2)
+    _, inner = shape("layers.0.1.branch.4.weight", 2)
+    frequencies = length(f"{attention}.attn_fn.rel_pos.inv_freq")  # one for two channels
+    dim_head = 2 * frequencies if frequencies else length(f"{attention}.q_scale") or given.dim_head
+    heads = channels // dim_head if dim_head else given.heads
+    heads = length("dynamic_pos_bias.mlp.4.bias") or length(f"{attention}.to_v_gate.0.bias") or heads
+    if heads is None:
+        raise UsageError(
+            f"expected model.heads=NUMBER or model.dim_head=NUMBER: {config.weights} does not tell how its {channels} "
+            "channels of attention are divided"
+        )
+    if heads == 0 or channels % heads:
+        raise UsageError(
+            f"model.heads={heads}: expected a divisor of {channels}, {config.weights}'s channels of attention"
+        )
+
+    fits = given.ff_mult is not None and inner_size(dim, given.ff_mult) == inner
+    return {
+        "num_tokens": num_tokens,
+        "max_seq_len": max_seq_len,
+        "dim": dim,
+        "depth": 1 + max(int(number) for name in state for number in re.findall(r"^layers\.(\d+)\.", name)),
+        "heads": heads,
+        "dim_head": channels // heads,
+        "ff_mult": given.ff_mult if fits else simplest_ff_mult(dim, inner),
+        "num_residual_streams": length("layers.0.0.static_beta") or 1,
+        "use_abs_pos_emb": bool(given.use_abs_pos_emb or state["pos_emb.weight"].any()),
+        "use_dynamic_pos_bias": "dynamic_pos_bias.mlp.0.weight" in state,
+        "qk_rmsnorm": f"{attention}.q_scale" in state,
+        "gate_values_per_head": f"{attention}.to_v_gate.0.weight" in state,
+    }
+
+
+def inner_size(dim, ff_mult):
+    """As the original computes it."""
+    return int(dim * ff_mult * 2 / 3)
+
+
+def simplest_ff_mult(dim, inner):
+    """The number with the fewest digits that gives a feed-forward of ``dim`` channels that inner size."""
+    digits = 0
+    while True:
+        least = -(-3 * inner * 10**digits // (2 * dim))  # 3 inner / (2 dim), rounded up
+        for numerator in (least, least + 1):  # the latter where the product is rounded to just below inner
+            if inner_size(dim, numerator / 10**digits) == inner:
+                return numerator / 10**digits
+        digits += 1
+
+
+@command("import_torch", ImportConfig, text=("weights", "run_dir"))
+def main(composed):
+    config = import_config(composed)  # what is wrong whatever the weights ends here, before the slow imports
+
+    import yaml
+
+    from local_attention.torch_state import load_torch_state
+    from local_attention.training.build import build_model
+    from local_attention.training.checkpoint import Checkpoints, named_parameters, write_text
+    from local_attention.training.closing import continue_command
+    from local_attention.training.run_dir import refuse_to_overwrite
+    from local_attention.training.state import RunState
+
+    # The model, with the weights.
+    run_dir = Path(config.run_dir)
+    refuse_to_overwrite(run_dir)
+    state = read_state(config.weights)
+    model_config = complete(config, state)
+    model = build_model(model_config)
+    try:
+        load_torch_state(model, state)
+    except ValueError as error:
+        raise UsageError(f"{config.weights}: {error}") from None
+
+    # A run that has taken no step, and that may go on with any bytes, optimizer and lengths.
+    origin = {"config": {"model": as_dict(model_config)}}
+    tensors = {name: parameter.asnumpy() for name, parameter in named_parameters(model).items()}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.yaml", yaml.safe_dump(origin["config"], sort_keys=False))
+    Checkpoints(run_dir / "checkpoints").save(tensors, {**RunState(None, None).saved(), **origin})
+
+    # What may be done with it.
+    window, default = model_config.local_attn_window_size, as_dict(ModelConfig())
+    seq_len = max(model_config.max_seq_len // window, 1) * window
+    changes = {key: value for key, value in as_dict(model_config).items() if value != default[key]}
+    changes["max_seq_len"] = model_config.max_seq_len  # follows train.seq_len unless given
+    overrides = [f"model.{key}={json.dumps(value)}" for key, value in changes.items()]
+    run = shlex.quote(str(run_dir))
+    print(f"{sum(array.size for array in tensors.values()):,} parameters of {config.weights} in {run_dir}")
+    print(f'sample:    python generate.py run={run} prompt="The "')
+    print(f"score:     python scripts/evaluate.py run={run} seq_len={seq_len} batch_size=4 data=enwik8")
+    print(f"continue:  {continue_command(run_dir, [*overrides, f'train.seq_len={seq_len}'])}")
+
+
+if __name__ == "__main__":
+    main()

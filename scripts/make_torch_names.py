@@ -1,0 +1,52 @@
+"""Write the names and shapes of the original's state dicts, ``tests/local_attention/fixtures/torch_names.json``.
+
+Needs the parity extra: ``pip install -e '.[parity]'``. Example:
+
+    python scripts/make_torch_names.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from scripts.pytorch_original import import_original
+
+OUTPUT = Path(__file__).resolve().parents[1] / "tests/local_attention/fixtures/torch_names.json"
+SIZES = dict(num_tokens=9, max_seq_len=12, dim=6, depth=2, heads=3, dim_head=4, local_attn_window_size=4)
+CASES = [  # global_layers: the layers that get a linear one
+    dict(),
+    dict(num_tokens=None),
+    dict(ff_mult=3),
+    dict(use_xpos=True),
+    dict(shared_qk=True),
+    dict(qk_rmsnorm=True),
+    dict(gate_values_per_head=True),
+    dict(use_dynamic_pos_bias=True),
+    dict(num_residual_streams=3),
+    dict(global_layers=[1, 2]),
+    dict(num_residual_streams=2, global_layers=[2]),
+    dict(num_residual_streams=2, qk_rmsnorm=True, gate_values_per_head=True, use_dynamic_pos_bias=True),
+]
+
+
+def state_shapes(options):
+    """``{name: shape}`` of the state dict of the original with these options."""
+    options = {"num_residual_streams": 1, **SIZES, **options}
+    if inserted := options.pop("global_layers", None):
+        linear = torch.nn.Linear(options["dim"], options["dim"])
+        options |= dict(global_attn_layer=linear, layers_insert_global_attn=inserted)
+    state = import_original().LocalTransformer(**options).state_dict()
+    return {name: list(tensor.shape) for name, tensor in state.items()}
+
+
+def main():
+    lines = [json.dumps({"options": SIZES | case, "state": state_shapes(case)}) for case in CASES]
+    OUTPUT.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
