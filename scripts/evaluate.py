@@ -30,7 +30,6 @@ def main(composed):
 
     # The model, and the bytes that it was trained on unless others are named.
     path = checkpoint_of(config.run, config.checkpoint)
-    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     use_device(config.device.target)
     model, meta = load_model(path)
     config = as_trained(config, meta)

@@ -93,7 +93,7 @@ class Checkpoints:
 
     def find(self, name):
         """The path that ``name`` leads to (``last`` or ``best``), or None."""
-        path = (self.directory / name).resolve()
+        path = self.directory / (self.directory / name).resolve().name
         if path.exists() and sidecar(path).exists():
             return path
         complete = self.complete()

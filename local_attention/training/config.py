@@ -152,6 +152,16 @@ class EvaluateConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
+@dataclass
+class ScoreConfig:
+    """What ``scripts/score.py`` scores."""
+
+    run: str | None = None
+    checkpoint: str = "best"
+    file: str | None = None
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
 # key -> what is allowed there, and how to say it. A value of None is allowed where its type says so, and not checked.
 POSITIVE = (lambda value: value > 0, "a number above 0")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
@@ -204,7 +214,7 @@ RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     "seed": between(0, 2**32 - 1),
 }
 GENERATE_RANGES = {
-    "length": POSITIVE,
+    "length": NOT_NEGATIVE,
     "temperature": NOT_NEGATIVE,
     "top_k": POSITIVE,
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
@@ -284,6 +294,8 @@ def generate_config(config):
         raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
     if generate.prompt and generate.prompt_file:
         raise UsageError("expected one of prompt and prompt_file, got both")
+    if generate.length == 0 and generate.num_samples > 1:
+        raise UsageError(f"length=0 never ends: expected num_samples=1 with it, got {generate.num_samples}")
     return generate
 
 
@@ -294,6 +306,16 @@ def evaluate_config(config):
     require_run_or_file(evaluate, "score")
     require_path(evaluate.data)
     return evaluate
+
+
+def score_config(config):
+    """Turn what Hydra composed into a checked :class:`ScoreConfig`; raises :class:`UsageError`."""
+    score = typed(ScoreConfig, config)
+    check_ranges(score, DEVICE_RANGES)
+    require_run_or_file(score, "score with")
+    if not score.file:
+        raise UsageError("expected the text to score: file=FILE, or file=- for standard input")
+    return score
 
 
 def require_run_or_file(config, verb):

@@ -17,11 +17,13 @@ from local_attention.training.config import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    ScoreConfig,
     as_dict,
     evaluate_config,
     generate_config,
     keys_of,
     run_config,
+    score_config,
 )
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
@@ -31,7 +33,7 @@ GROUPS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONFIGS]
 COMMANDS = {"train": "train.py", "generate": "generate.py"}
-COMMANDS |= {name: f"scripts/{name}.py" for name in ("evaluate", "import_torch", "export_torch")}
+COMMANDS |= {name: f"scripts/{name}.py" for name in ("evaluate", "score", "import_torch", "export_torch")}
 EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
 
 
@@ -89,6 +91,12 @@ def test_evaluate_has_every_key_of_its_dataclass_and_its_defaults():
     composed = compose("evaluate", ["run=a"])
     assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(EvaluateConfig))
     assert evaluate_config(composed) == EvaluateConfig(run="a")
+
+
+def test_score_has_every_key_of_its_dataclass_and_its_defaults():
+    composed = compose("score", ["run=a", "file=b"])
+    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ScoreConfig))
+    assert score_config(composed) == ScoreConfig(run="a", file="b")
 
 
 def test_import_torch_has_every_key_of_its_dataclass_and_its_defaults():
@@ -162,7 +170,7 @@ def meanings(files):
 @pytest.mark.parametrize("file", FILES, ids=identity)
 def test_each_key_has_a_comment_here_or_where_it_comes_from(file):
     """A key need not be explained again in each file of its folder, nor one whose value is the name of its file."""
-    apart = {"generate", "evaluate", "export_torch"}
+    apart = {"generate", "evaluate", "score", "export_torch"}
     explained = meanings([file] if file.stem in apart else [other for other in FILES if other.stem not in apart])
     named = {f"{file.parent.name}.{key}" for key in ("name", "source")}
     lacking = [key for key, _ in documented_keys(file) if key not in explained | named]

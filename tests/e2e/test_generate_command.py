@@ -1,4 +1,5 @@
 import signal
+import subprocess
 
 
 def test_the_sampled_bytes_and_nothing_else_go_to_standard_output(finished_run, commands):
@@ -29,6 +30,9 @@ def test_a_prompt_file_counts_like_the_same_prompt(finished_run, commands):
     by_file = commands.run("generate.py", "run=runs/whole", "prompt_file=runs/prompt", "length=30", "temperature=1")
     by_text = commands.run("generate.py", "run=runs/whole", "prompt=class A:", "length=30", "temperature=1")
     assert by_file.stdout == by_text.stdout
+    arguments = ["run=runs/whole", "prompt_file=-", "length=30", "temperature=1"]
+    by_input = commands.start("generate.py", *arguments, stdin=subprocess.PIPE).communicate(b"class A:", timeout=300)
+    assert by_input[0] == by_file.stdout
 
 
 def test_temperature_zero_and_top_k_one_give_the_likeliest_bytes(finished_run, commands):
@@ -47,12 +51,13 @@ def test_the_last_and_the_best_checkpoint_can_be_named_and_any_by_path(finished_
     assert last == by_path
 
 
-def test_ctrl_c_ends_sampling_with_status_130(finished_run, commands):
-    process = commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1")
-    assert process.stdout.read(10)
+def test_without_a_length_sampling_goes_on_until_ctrl_c_which_ends_it_with_status_130(finished_run, commands):
+    process = commands.start("generate.py", "run=runs/whole", "length=0", "temperature=1")
+    assert len(process.stdout.read(1500)) == 1500
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert b"bytes/s" in err and b"Traceback" not in err
 
 
 def test_a_closed_pipe_ends_sampling_quietly(finished_run, commands):

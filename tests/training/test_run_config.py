@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from local_attention.training.config import (
+    DEVICE_RANGES,
     EVALUATE_RANGES,
     GENERATE_RANGES,
     MODEL_RANGES,
@@ -20,12 +21,14 @@ from local_attention.training.config import (
     ModelConfig,
     OtherDataConfig,
     RunConfig,
+    ScoreConfig,
     as_dict,
     as_trained,
     evaluate_config,
     generate_config,
     keys_of,
     run_config,
+    score_config,
     type_at,
     typed,
     unknown_key,
@@ -41,6 +44,7 @@ PRESETS = {
     "train": (RunConfig, run_config, {}),
     "generate": (GenerateConfig, generate_config, {"run": "runs/a"}),
     "evaluate": (EvaluateConfig, evaluate_config, {"run": "runs/a"}),
+    "score": (ScoreConfig, score_config, {"run": "runs/a", "file": "a.txt"}),
     "import_torch": (
         ImportConfig,
         import_config,
@@ -49,6 +53,7 @@ PRESETS = {
     "export_torch": (ExportConfig, export_config, {"run": "runs/a", "output": "a.pt"}),
 }
 NEEDED = {("generate", "run"), ("evaluate", "run"), ("export_torch", "run"), ("export_torch", "output")}
+NEEDED |= {("score", "run"), ("score", "file")}
 NEEDED |= {("import_torch", key) for key in ("weights", "run_dir", "model.local_attn_window_size")}
 
 # key: values that are refused, values at the edge that are not
@@ -98,7 +103,7 @@ EDGES = {
         "seed": SEED,
     },
     "generate": {
-        "length": COUNT,
+        "length": FROM_0,
         "temperature": ([-0.1, INF, NAN], [0.0]),
         "top_k": ([0, -1], [1, None]),
         "top_p": ([0.0, -0.1, 1.01, NAN], [1e-9, 1.0, None]),
@@ -113,6 +118,7 @@ EDGES = {
         "device.target": TARGET,
     },
     "import_torch": MODEL,
+    "score": {"device.target": TARGET},
     "export_torch": {},
 }
 REFUSED = [(name, key, value) for name, edges in EDGES.items() for key, (bad, _) in edges.items() for value in bad]
@@ -175,7 +181,7 @@ def message_of(checked, name, **changes):
 
 def test_every_range_has_its_edges_here():
     ranges = {"train": RUN_RANGES, "generate": GENERATE_RANGES, "evaluate": EVALUATE_RANGES}
-    ranges |= {"import_torch": MODEL_RANGES, "export_torch": {}}
+    ranges |= {"score": DEVICE_RANGES, "import_torch": MODEL_RANGES, "export_torch": {}}
     for name, edges in EDGES.items():
         assert edges.keys() == ranges[name].keys(), name
 
@@ -444,6 +450,12 @@ def test_a_config_is_a_tree_of_dataclasses_with_the_values_given(checked):
 def test_a_part_of_a_config_can_be_rebuilt(checked):
     model = checked("train").model
     assert typed(ModelConfig, as_dict(model)) == model
+
+
+def test_a_text_without_end_is_the_only_sample(checked):
+    assert checked("generate", length=0).length == 0
+    with pytest.raises(UsageError, match="length=0 never ends: expected num_samples=1 with it, got 2"):
+        checked("generate", length=0, num_samples=2)
 
 
 def test_keys_are_dotted_and_complete():
