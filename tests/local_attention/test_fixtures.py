@@ -1,0 +1,104 @@
+"""Outputs and gradients are those of the PyTorch package ``local-attention`` and, where that is wrong, of NumPy.
+
+See :mod:`tests.local_attention.golden`; ``scripts/make_fixtures.py`` makes the files.
+"""
+
+import json
+from inspect import signature
+from itertools import chain
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn, ops
+
+from tests.local_attention.cells import parameters, tensor
+from tests.local_attention.golden import FOLDER, KINDS, load
+
+LOADED = {kind: load(kind) for kind in KINDS}
+
+
+def parameters_of_tests(loaded):
+    return [pytest.param(*entry, id=f"{entry[0].public.__name__}-{entry[0].seed}") for entry in loaded]
+
+
+def few(loaded):
+    """Three from first to last, of one layer, as each takes seconds to compile."""
+    shallow = [entry for entry in loaded if entry[0].options.get("depth", 1) == 1]
+    return [shallow[i] for i in np.linspace(0, len(shallow) - 1, 3).astype(int)]
+
+
+ALL = parameters_of_tests(chain(*LOADED.values()))
+FEW = parameters_of_tests(chain(*map(few, LOADED.values())))
+
+
+class ValueAndAllGradients(nn.Cell):
+    """``(net(*inputs), (gradients for inputs, gradients for parameters))`` of ``(cotangent, *inputs)``."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.parameters = ms.ParameterTuple(net.trainable_params())
+        self.grad = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
+
+    def construct(self, cotangent, *inputs):
+        return self.net(*inputs), self.grad(self.net, self.parameters)(*inputs, cotangent)
+
+
+def as_input(x):
+    """Masks and numbers as they are, other arrays as float32 or int32."""
+    if not isinstance(x, np.ndarray):
+        return x
+    return ms.Tensor(x) if x.dtype == bool else tensor(x)
+
+
+def check(case, expected):
+    cell, arguments = case.cell(), case.arguments()
+    cotangent = tensor(case.cotangent(expected["out"].shape))
+    value, (of_inputs, of_parameters) = ValueAndAllGradients(cell)(cotangent, *map(as_input, arguments.values()))
+    arrays = [name for name, x in arguments.items() if isinstance(x, np.ndarray)]
+    by_parameter = {name: g.asnumpy() for (name, _), g in zip(cell.parameters_and_names(), of_parameters, strict=True)}
+    found = {
+        name: g.asnumpy() for name, g in zip(arrays, of_inputs, strict=True) if arguments[name].dtype == np.float32
+    }
+    found |= case.under_their_names(cell, by_parameter)
+    assert {"out", *found} == set(expected)
+    np.testing.assert_allclose(value.asnumpy(), expected["out"], rtol=0, atol=1e-5)
+    for name, gradient in found.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("case", "expected"), ALL)
+def test_outputs_and_gradients_are_as_expected(case, expected):
+    check(case, expected)
+
+
+@pytest.mark.parametrize("mode", ["graph"], indirect=True)
+@pytest.mark.parametrize(("case", "expected"), FEW)
+def test_outputs_and_gradients_are_as_expected_in_a_graph(mode, case, expected):
+    check(case, expected)
+
+
+@pytest.mark.parametrize(("case", "expected"), ALL)
+def test_the_reference_gives_what_is_expected(case, expected):
+    out = case.by_reference(parameters(case.cell()))
+    if out is not None:
+        np.testing.assert_allclose(out, expected["out"], rtol=0, atol=1e-5)
+
+
+# Arrays, which differ from case to case, and caches, which the original gets wrong: see test_decode.py.
+NO_OPTIONS = {"self", "q", "k", "v", "x", "freqs", "cache", "return_cache"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_and_argument_has_at_least_two_values(kind):
+    cases = [case for case, _ in LOADED[kind]]
+    for function, given in ((KINDS[kind].public.__init__, "options"), (KINDS[kind].called, "call")):
+        for name, parameter in signature(function).parameters.items():
+            if name not in NO_OPTIONS and parameter.kind is not parameter.VAR_KEYWORD:
+                values = {json.dumps(getattr(case, given).get(name)) for case in cases}
+                assert len(values) >= 2, f"{kind}: {name}"
+
+
+def test_the_files_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.npz")) < 5e6
