@@ -230,8 +230,10 @@ def what_is_wrong(case):
 def is_telling(case):
     """Whether queries see more than themselves, and no option is given in vain."""
     options, call, data = case.options, case.call, case.data
-    if isinstance(case, BiasCase | RotaryCase):
+    if isinstance(case, BiasCase):
         return True
+    if isinstance(case, RotaryCase):
+        return (options["use_xpos"] and call["scale"]) == (options["scale_base"] is not None)
     definition = case.definition()
     length, window = data["length"], definition["window_size"]
     return (
