@@ -53,7 +53,7 @@ def test_the_last_and_the_best_checkpoint_can_be_named_and_any_by_path(finished_
 
 def test_without_a_length_sampling_goes_on_until_ctrl_c_which_ends_it_with_status_130(finished_run, commands):
     process = commands.start("generate.py", "run=runs/whole", "length=0", "temperature=1")
-    assert len(process.stdout.read(1500)) == 1500
+    assert len(process.stdout.read(200)) == 200
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -124,7 +124,7 @@ def test_defect_9_without_learned_positions_generation_goes_on_beyond_max_seq_le
 
 
 def test_defect_9_with_learned_positions_the_context_starts_again_from_its_newest_half():
-    limited, x = model(max_seq_len=8), text(1, 30)
+    limited, x = model(max_seq_len=8), text(1, 18)
     decoder, context = Decoder(limited), np.zeros((1, 0), int)
     for token in x.T:
         if context.shape[1] == 8:
@@ -149,9 +149,9 @@ def test_defect_10_the_dynamic_bias_works_with_any_windows_looked_at(causal, loo
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_defect_11_a_filter_that_would_keep_no_token_keeps_the_likeliest(temperature):
     cell, prime = model(), tensor(text(2, 5))
-    likeliest = cell.generate(prime, 6, temperature=0, filter_thres=0.0).asnumpy()
-    for filter_thres in (0.95, 0.999, 1.0):
-        np.testing.assert_array_equal(cell.generate(prime, 6, temperature, filter_thres).asnumpy(), likeliest)
+    likeliest = cell.generate(prime, 3, temperature=0, filter_thres=0.0).asnumpy()
+    for filter_thres in (0.95, 1.0):
+        np.testing.assert_array_equal(cell.generate(prime, 3, temperature, filter_thres).asnumpy(), likeliest)
 
 
 def test_defect_12_with_return_loss_the_mask_is_trimmed_like_the_text(rng):

@@ -320,14 +320,20 @@ class Attention(nn.Cell):
         return self.attention(q, k, v, mask=self.mask, attn_bias=attn_bias)
 
 
-@both_modes
-@pytest.mark.parametrize("causal", [True, False])
+XPOS = dict(use_xpos=True, xpos_scale_base=3)
+
+
 @pytest.mark.parametrize(
-    "position", [dict(dim=4), dict(dim=4, use_xpos=True, xpos_scale_base=3)], ids=["rotary", "xpos"]
+    ("mode", "causal", "position", "shared_qk"),
+    [
+        *(("eager", *options) for options in product([True, False], [{}, XPOS], [True, False])),
+        ("graph", True, XPOS, True),
+        ("graph", False, {}, False),
+    ],
+    indirect=["mode"],
 )
-@pytest.mark.parametrize("shared_qk", [True, False], ids=["shared", "apart"])
 def test_gradients_with_mask_and_bias_are_those_of_the_definition(mode, causal, position, shared_qk, rng):
-    options = dict(window_size=2, causal=causal, autopad=True, shared_qk=shared_qk, **position)
+    options = dict(window_size=2, causal=causal, autopad=True, shared_qk=shared_qk, dim=4, **position)
     rule = dict(look_forward=0 if causal else 1)
     *inputs, cotangent = rng.standard_normal((4, 2, 5, 4))
     inputs.append(rng.standard_normal((2, 2, 4 if causal else 6)))
@@ -570,8 +576,7 @@ def test_masks_and_biases_that_do_not_fit_are_refused(mode, added, parts, rng):
 # The examples of the original's README
 
 
-@both_modes
-def test_readme_causal_attention_with_a_mask(mode):
+def test_readme_causal_attention_with_a_mask():
     q, k, v = (ms.ops.randn(2, 8, 2048, 64) for _ in range(3))
     attn = LocalAttention(
         dim=64,
