@@ -63,6 +63,17 @@ def value_and_parameter_gradients(net, *inputs):
     return float(value.asnumpy()), {p.name: g.asnumpy() for p, g in zip(cell.parameters, gradients, strict=True)}
 
 
+class Loss(nn.Cell):
+    """The loss of a LocalTransformer as a network of one input, as a train step needs it."""
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, x):
+        return self.model(x, return_loss=True)
+
+
 def randomise(cell, seed=0):
     """Give a cell parameters that make every part of it matter; returns them by name, in float64."""
     rng = np.random.default_rng(seed)

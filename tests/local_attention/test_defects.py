@@ -8,7 +8,7 @@ from mindspore import nn, ops
 from local_attention import LocalAttention, LocalTransformer
 from local_attention.decode import Decoder, UncachedContext
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, randomise, run, tensor, value_and_gradients
+from tests.local_attention.cells import Loss, both_modes, randomise, run, tensor, value_and_gradients
 
 
 def qkv(rng, *shape):
@@ -162,15 +162,6 @@ def test_defect_12_with_return_loss_the_mask_is_trimmed_like_the_text(rng):
     options = dict(depth=2, heads=2, rotary=True, window_size=4, exact_windowsize=True, causal=True)
     assert abs(loss - reference.language_model_loss(x, p, mask=mask, **options)) < 1e-5
     assert abs(loss - reference.language_model_loss(x, p, **options)) > 1e-4
-
-
-class Loss(nn.Cell):
-    def __init__(self, model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, x):
-        return self.model(x, return_loss=True)
 
 
 @both_modes

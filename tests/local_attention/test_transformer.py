@@ -9,6 +9,7 @@ from local_attention import LocalMHA, LocalTransformer
 from local_attention.transformer import require_positive
 from tests.local_attention import reference
 from tests.local_attention.cells import (
+    Loss,
     both_modes,
     examples,
     parameters,
@@ -304,17 +305,6 @@ def test_dropouts_of_the_transformer_work_in_training_only(rng):
         np.testing.assert_array_equal(run(model, x), run(transformer()[0], x))
         model.set_train()
         assert abs(run(model, x) - run(model, x)).max() > 1e-3
-
-
-class Loss(nn.Cell):
-    """The loss as a network of one input, as a train step needs it."""
-
-    def __init__(self, model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, x):
-        return self.model(x, return_loss=True)
 
 
 def numerical_parameter_gradients(p, loss):
