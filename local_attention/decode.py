@@ -145,9 +145,10 @@ class Context:
             return self.feed(tokens[:, None])[:, 0]
         if self.model.training:  # no dropout here
             self.model.set_train(False)
-            logits = self.feed(tokens)
-            self.model.set_train()
-            return logits
+            try:
+                return self.feed(tokens)
+            finally:
+                self.model.set_train()
         logits = []
         while tokens.shape[1]:
             if self.position == self.limit:
@@ -251,6 +252,7 @@ class Decoder(Context):
         angles = np.tile(angles, (self.rows, 1))
         slots = np.arange(self.rows)[:, None] * self.size + positions % self.size
         return (
+            # what fills up a chunk may lie beyond the learned positions
             np.minimum(positions, self.model.max_seq_len - 1).astype(np.int32),
             slots.reshape(-1).astype(np.int32),
             bias[None].astype(np.float32),

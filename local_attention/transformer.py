@@ -77,7 +77,7 @@ class LocalMHA(nn.Cell):
                 Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
             )
         self.to_v_gate = nn.Dense(dim, heads) if gate_values_per_head else None
-        self.add_bias = AddBias()
+        self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), AddBias()
         self.split_heads = Rearrange("b n (h d) -> b h n d", h=heads)
         self.join_heads = Rearrange("b h n d -> (b n) (h d)")
         self.attention = LocalAttention(
@@ -120,7 +120,7 @@ class LocalMHA(nn.Cell):
         products = ()
         if self.norm is None:
             for layer in layers:
-                products = products + (ops.matmul(x, layer.weight.T),)
+                products = products + (self.matmul_nt(x, layer.weight),)
         else:
             products = self.norm(x, [layer.weight for layer in layers])
         q, k, v = products[0], products[1], products[2]
