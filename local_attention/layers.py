@@ -67,6 +67,11 @@ class Standardise(nn.Cell):
         return (scale * (grad - self.mean(grad) - out * self.mean(grad * out)),)
 
 
+# Up to as many rows, as decoding has them, MindSpore's own LayerNorm is faster: one row of 512 takes 3 µs instead of 33,
+# 256 rows 0.46 ms instead of 0.28.
+FEW_ROWS = 64
+
+
 class LayerNorm(nn.Cell):
     """LayerNorm whose affine map is folded into the linear layers behind it, which costs the size of their weights.
 
@@ -77,14 +82,19 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = Parameter(initializer("ones", (1, dim), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (1, dim), ms.float32), name="beta")
-        self.standardise = Standardise(dim)
+        self.standardise, self.layer_norm = Standardise(dim), ops.LayerNorm(2, 1, 1e-5)
         self.matmul, self.matmul_nt = ops.MatMul(), ops.MatMul(transpose_b=True)
         self.add_bias = AddBias()
 
     def construct(self, x, weights):
         """Normalise ``x: (rows, dim)`` and multiply by each of ``weights``, all ``(d, dim)``, to ``(rows, d)``."""
-        x = self.standardise(x)
         products = ()
+        if x.shape[0] <= FEW_ROWS:
+            x = self.layer_norm(x.reshape((-1, 1, x.shape[1])), self.gamma, self.beta)[0].reshape(x.shape)
+            for weight in weights:
+                products = products + (self.matmul_nt(x, weight),)
+            return products
+        x = self.standardise(x)
         for weight in weights:
             if x.shape[0] < weight.shape[0]:  # few rows, as in decoding: cheaper to map the rows
                 product = self.matmul_nt(x * self.gamma + self.beta, weight)

@@ -20,6 +20,12 @@ def rotary_angles(positions, dim, theta=10000.0):
     return np.concatenate([angles, angles], axis=-1)
 
 
+def rotation_matrices(positions, dim, theta=10000.0):
+    """``(n, dim, dim)`` float64: rows times the matrix of a position are rotated by its :func:`rotary_angles`."""
+    angles = rotary_angles(positions, dim, theta)[:, None]
+    return np.cos(angles) * np.eye(dim) + np.sin(angles) * half_rotation_matrix(dim)
+
+
 def xpos_decay(positions, dim, scale_base):
     """``(n, dim)`` float64: channel ``c`` at a position is ``((2c' + 0.4 dim) / 1.4 dim) ** (position / scale_base)``.
 
@@ -48,12 +54,14 @@ def decay_table(groups, first, length, middle, dim, scale_base, sign):
     return np.tile(decay, (groups, 1, 1)).astype(np.float32)
 
 
-@shared_constant
-def half_rotation(dim):
-    """``(dim, dim)``: ``[x1, x2] @ half_rotation`` is ``[-x2, x1]``. As a product it takes 2.9 ms, as slices 4.0."""
+def half_rotation_matrix(dim):
+    """``(dim, dim)``: ``[x1, x2]`` times it is ``[-x2, x1]``."""
     half = np.eye(dim // 2, dtype=np.float32)
     zero = np.zeros_like(half)
     return np.block([[zero, half], [-half, zero]])
+
+
+half_rotation = shared_constant(half_rotation_matrix)  # as a product, a half rotation takes 2.9 ms, as slices 4.0
 
 
 @shared_constant

@@ -358,7 +358,7 @@ class LocalTransformer(nn.Cell):
                 left. Not used where ``top_k`` or ``top_p`` is given.
             use_kv_cache: False: compute everything again for each token, as models do, with a warning, whose global
                 layers cannot be fed token by token: see :func:`decode.decoding_cells`.
-            top_k, top_p: see :func:`sampling.next_token_probabilities`.
+            top_k, top_p: see :func:`sampling.sampling_rule`.
             seed: a whole number from 0 to 2**32 - 1; the same one gives the same text. One is drawn from NumPy's
                 generator, which ``mindspore.set_seed`` sets, unless given.
 

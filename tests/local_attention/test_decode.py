@@ -355,12 +355,38 @@ def test_the_prompt_matters_and_may_be_a_single_token():
     assert (generated(prompt=[3, 4], temperature=0) != generated(prompt=[5, 9], temperature=0)).any()
 
 
-def test_tokens_come_one_by_one_as_they_are_drawn():
+def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
     model = transformer()
-    decoder = Decoder(model)
-    first = list(islice(generate_tokens(decoder, [1, 2], 10**9, seed=3), 2))
-    assert decoder.position == 3  # the prompt and the first token
-    assert [int(t) for (t,) in first] == [int(t) for (t,) in generate_tokens(decoder, [1, 2], 2, seed=3)]
+    decoder, fed_when_drawn = Decoder(model, burst=4), []
+    tokens = generate_tokens(decoder, [1, 2], None, seed=3)
+    first = []
+    for token in islice(tokens, 13):
+        first.append(int(token[0]))
+        fed_when_drawn.append(decoder.position)
+    # the prompt; then the newest token with all but the last of its burst: 1, 2, 4, 8 (in two calls) tokens
+    assert fed_when_drawn == [2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16]
+    assert first == [int(t) for (t,) in generate_tokens(decoder, [1, 2], 13, seed=3)]
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_seq_len=7), dict(use_abs_pos_emb=False)])
+def test_bursts_draw_what_one_token_at_a_time_would(options):
+    model, all_drawn = transformer(seed=1, **options), []
+    for context in (Decoder(model, 2, burst=1), Decoder(model, 2, burst=5), UncachedContext(model, 2)):
+        drawn = np.stack(list(generate_tokens(context, texts(2, 3), 30, seed=3, top_p=0.9)), 1)
+        all_drawn.append(drawn)
+        assert context.length == 32  # all but the last one drawn
+    np.testing.assert_array_equal(all_drawn[1], all_drawn[0])
+    np.testing.assert_array_equal(all_drawn[2], all_drawn[0])
+
+
+def test_a_new_rule_of_sampling_holds_for_a_compiled_decoder():
+    decoder = Decoder(shared_model())
+    for options in (dict(temperature=0), dict(temperature=5), dict(top_k=2), dict(top_p=0.3), dict(temperature=0)):
+        drawn, again = (
+            [int(t) for (t,) in generate_tokens(d, [1, 2], 20, seed=1, **options)]
+            for d in (decoder, UncachedContext(shared_model(), 1))
+        )
+        assert drawn == again
 
 
 def test_no_token_is_drawn_for_a_length_of_zero():
