@@ -15,7 +15,7 @@ from local_attention.rotary import rotation_matrices, xpos_decay
 from local_attention.sampling import Sampler, sampling_rule
 from local_attention.windows import hide, visible
 
-CHUNK = 64  # tokens of a prompt that one graph takes at once
+CHUNK = 256  # tokens of a prompt that one graph takes at once
 CHUNK_FROM = 256  # tokens from which on compiling that graph is worth while
 BURST = 16  # tokens that one call of a graph may draw, one after another: 8.3 ms a token one by one, 6.5 in bursts
 
@@ -24,14 +24,14 @@ class CachedStep(nn.Cell):
     """The logits after each of ``count`` more tokens.
 
     The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
-    window alone; keys already rotated, by their absolute positions (scores depend on the difference), but without the
+    window alone, and one slot more, which nobody sees, for what need not be kept; keys already rotated, by their absolute positions (scores depend on the difference), but without the
     decay of xPos, which would leave float32's range.
 
     Args:
         model: a causal ``LocalTransformer`` with tokens.
         batch: sequences side by side.
         count: tokens a call.
-        rings: keys and values of all layers, each ``(b * heads * size, d)``.
+        rings: keys and values of all layers, each ``(b * heads * slots, d)``.
         global_steps: the :func:`decoding_cells` of the model.
     """
 
@@ -43,7 +43,7 @@ class CachedStep(nn.Cell):
         self.keys, self.values = rings
         self.global_steps = nn.CellList(global_steps)
         self.batch, self.rows, self.count, self.d = batch, batch * mha.heads, count, mha.dim_head
-        self.size = self.keys[0].shape[0] // self.rows
+        self.ring = (self.rows, self.keys[0].shape[0] // self.rows, self.d)
         self.scale = score_scale(mha)
         self.split_heads = Rearrange("(b n) (h d) -> (b h n) d", b=batch, h=mha.heads)
         self.tokens_first = Rearrange("(b h n) d -> n (b h) d", n=count, b=batch)
@@ -60,11 +60,12 @@ class CachedStep(nn.Cell):
             tokens: ``(b * count,)`` int32.
             positions: ``(count,)`` int32, for learned positions.
             slots: ``(b * heads * count,)`` int32, the rows of the rings that take the new keys and values.
-            bias: ``(1, count, size)`` float32, 0 for the slots that a token sees, hugely negative for the others.
+            bias: ``(1, count, span)`` float32, 0 for the keys that a token sees, hugely negative for the others. The
+                keys are those of the rings' slots; of more than one token also their own, behind them.
             turn_query, turn_key: ``(count, d, d)`` float32, what each token's queries and keys are multiplied by: their
                 rotation, for queries also the factor of the scores and the decay of xPos.
-            distances: ``(count * size,)`` int32, tokens from each slot's to each of these, for the dynamic bias.
-            decay: ``(1, size, d)`` float32, the decay of xPos of the keys.
+            distances: ``(count * span,)`` int32, tokens from each key's to each of these, for the dynamic bias.
+            decay: ``(1, span, d)`` float32, the decay of xPos of the keys.
 
         Returns:
             ``(b, count, num_tokens)``.
@@ -73,8 +74,8 @@ class CachedStep(nn.Cell):
         if self.model.use_abs_pos_emb:
             x = x + ops.cat((self.model.pos_emb(positions),) * self.batch, 0)
         if self.model.dynamic_pos_bias is not None:
-            of_head = self.model.dynamic_pos_bias.gather(self.size, distances)
-            bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, self.count, self.size))
+            of_head = self.model.dynamic_pos_bias.gather(self.ring[1], distances)
+            bias = bias + ops.cat((of_head,) * self.batch, 0).reshape((self.rows, self.count, -1))
         x = expand_streams(x, self.model.streams)
         inserted = 0
         for i in range(len(self.keys)):
@@ -99,14 +100,21 @@ class CachedStep(nn.Cell):
             q = q * self.scale
         else:
             q, k = self.turn(q, turn_query), self.turn(k, turn_key)
-        ring = (self.rows, self.size, self.d)
-        q = q.reshape((self.rows, self.count, self.d))
-        keys = self.write(self.keys[i], slots, k).reshape(ring)
-        values = self.write(self.values[i], slots, v).reshape(ring)
+        q, own_k, own_v = [t.reshape((self.rows, self.count, self.d)) for t in (q, k, v)]
+        if self.count == 1:
+            keys, values = self.write(self.keys[i], slots, k), self.write(self.values[i], slots, v)
+            return mha.merge(self.look(q, keys.reshape(self.ring), values.reshape(self.ring), bias, decay), gates)
+        keys, values = self.keys[i].reshape(self.ring), self.values[i].reshape(self.ring)
+        out = self.look(q, ops.cat((keys, own_k), 1), ops.cat((values, own_v), 1), bias, decay)
+        # not before these tokens have seen what will be overwritten
+        self.write(self.keys[i], slots, ops.depend(k, out))
+        self.write(self.values[i], slots, ops.depend(v, out))
+        return mha.merge(out, gates)
+
+    def look(self, q, keys, values, bias, decay):
         if self.rel_pos is not None and self.use_xpos:
             keys = keys * decay
-        weights = self.softmax(self.matmul_nt(q, keys) + bias)
-        return mha.merge(self.join_heads(self.matmul(weights, values)), gates)
+        return self.join_heads(self.matmul(self.softmax(self.matmul_nt(q, keys) + bias), values))
 
     def turn(self, x, matrices):
         """Multiply the rows of each token ``x: (b * heads * count, d)`` by its matrix: one operator."""
@@ -303,8 +311,8 @@ class Decoder(Context):
         self.attention, self.rows, self.d = mha.attention, batch * mha.heads, mha.dim_head
         self.scale = score_scale(mha)
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
-        self.size = keys_seen(mha.attention) + chunk - 1
-        shape = (self.rows * self.size, self.d)
+        self.size = keys_seen(mha.attention)
+        shape = (self.rows * (self.size + 1), self.d)
         self.rings = [
             ms.ParameterTuple(
                 Parameter(Tensor(np.zeros(shape, np.float32)), name=f"{name}.{i}", requires_grad=False)
@@ -329,8 +337,7 @@ class Decoder(Context):
         if self.chunk not in self.steps:
             self.steps[self.chunk] = self.new_step(self.chunk)
             use_phase_of_decoding(self.steps[self.chunk])
-        inputs = [array[0] for array in self.inputs(position, 1, self.chunk)]
-        # What fills up the last chunk is overwritten by the next tokens before any token can see it.
+        inputs = [array[0] for array in self.inputs(position, 1, self.chunk, tokens.shape[1])]
         filled = np.pad(tokens, ((0, 0), (0, self.chunk - tokens.shape[1])))
         logits = self.steps[self.chunk](Tensor(filled.reshape(-1)), *map(Tensor, inputs))
         return logits.asnumpy()[:, : tokens.shape[1]]
@@ -363,25 +370,31 @@ class Decoder(Context):
             filled(uniforms, np.float32)[..., None],
             *rule,
         )
-        drawn, logits = self.steps[1](*map(Tensor, (*arguments, *self.inputs(position, self.burst, 1))))
+        drawn, logits = self.steps[1](*map(Tensor, (*arguments, *self.inputs(position, self.burst, 1, 1))))
         # copies, as the arrays lie where the next call writes
         return drawn.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
 
     def new_step(self, count):
         return CachedStep(self.model, self.batch, count, self.rings, self.global_steps)
 
-    def inputs(self, position, steps, count):
+    def inputs(self, position, steps, count, kept):
         """The arguments of :class:`CachedStep` that depend on positions, for ``steps`` steps of ``count`` tokens.
 
-        A slot holds the newest position that falls to it. In float64, exact however long the text.
+        Of each step the first ``kept`` tokens are kept in the rings, the others fill it up. A slot holds the newest
+        position that falls to it. In float64, exact however long the text.
         """
         positions = position + np.arange(steps * count).reshape(steps, count)
-        last = positions[:, -1:]
+        last = positions[:, -1:] if count == 1 else positions[:, :1] - 1
         held = last - (last - np.arange(self.size)) % self.size
+        nobody = np.full((steps, 1), -1)
+        held = np.concatenate([held, nobody] if count == 1 else [held, nobody, positions], 1)
         distances = positions[:, :, None] - held[:, None]
         rule = dict(self.attention.layout(self.attention.window_size)[3])
-        bias = hide(visible(positions[:, :, None], held[:, None], length=last[:, :, None] + 1, **rule))
+        bias = hide(visible(positions[:, :, None], held[:, None], length=positions.max() + 1, **rule))
         bias += np.float32(TOKEN_SELF_ATTN_VALUE * self.attention.shared_qk) * (distances == 0)
+        newest = (np.arange(count) < kept) & (np.arange(count) >= kept - self.size)
+        slots = np.where(newest, positions % self.size, self.size)
+        slots = np.arange(self.rows)[:, None] * (self.size + 1) + slots[:, None]
         turn_query = turn_key = decay = np.zeros((steps, 1, 1))
         if self.attention.rel_pos is not None:
             turns = rotation_matrices(positions.reshape(-1), self.d, self.attention.rel_pos.theta)
@@ -390,9 +403,8 @@ class Decoder(Context):
             if self.attention.use_xpos:
                 base = self.attention.rel_pos.scale_base
                 decay = xpos_decay((positions[:, :1] - held).reshape(-1), self.d, base)
-                decay = decay.reshape((steps, self.size, self.d))
+                decay = decay.reshape((steps, -1, self.d))
                 turn_query = turn_query * xpos_decay(np.arange(count), self.d, base)[:, None]
-        slots = np.arange(self.rows)[:, None] * self.size + (positions % self.size)[:, None]
         return (
             # what fills up a chunk or a burst may lie beyond the learned positions
             np.minimum(positions, self.model.max_seq_len - 1).astype(np.int32),
@@ -400,7 +412,7 @@ class Decoder(Context):
             bias[:, None].astype(np.float32),
             turn_query.astype(np.float32),
             turn_key.astype(np.float32),
-            np.clip(distances, 0, self.size - 1).reshape((steps, -1)).astype(np.int32),
+            np.clip(distances, 0, self.size).reshape((steps, -1)).astype(np.int32),
             decay[:, None].astype(np.float32),
         )
 

@@ -171,7 +171,31 @@ def test_the_size_of_the_cache_depends_on_the_window_alone():
         assert keys_seen(model.layers[0].attention.attention) == size
         decoder = Decoder(model, 3, chunk=5)
         decoder.feed(texts(3, 20))
-        assert [p.shape for ring in decoder.rings for p in ring] == [(3 * 2 * (size + 4), 4)] * 2
+        assert [p.shape for ring in decoder.rings for p in ring] == [
+            (3 * 2 * (size + 1), 4)
+        ] * 2  # with the slot that nobody sees
+
+
+def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
+    options = dict(use_abs_pos_emb=False, local_attn_window_size=5, look_backward=1, dim_head=8)
+    x = texts(2, 17)
+    for more in ({}, dict(use_xpos=True), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True)):
+        model = transformer(**options, **more)
+        decoder = Decoder(model, 2, chunk=6, chunk_from=2, burst=3)
+        decoder.position = 10**6  # nothing held lies in sight, so the text may as well begin here
+        logits = np.concatenate([decoder.feed(x[:, :1]), decoder.feed(x[:, 1:13]), decoder.feed(x[:, 13:])], 1)
+        near = Decoder(model, 2).feed(x)
+        # what lies before it: slots that hold nothing but zeros, seen with a score of 0
+        alone = 2 * options["local_attn_window_size"]
+        np.testing.assert_allclose(logits[:, alone:], near[:, alone:], atol=1e-4)
+
+
+def test_a_greedy_text_of_a_thousand_bytes_is_what_the_full_pass_says():
+    model = transformer(num_tokens=256, max_seq_len=1004, dim=16, depth=2, dim_head=8, local_attn_window_size=8)
+    text = model.generate(tensor([[1, 2, 3]]), 1000, temperature=0).asnumpy()[0].tolist()
+    likeliest = run(model, [[1, 2, 3, *text]])[0, 2:-1].argmax(-1)
+    assert text == likeliest.tolist()
+    assert len(set(text)) > 2
 
 
 def test_without_learned_positions_text_goes_on_far_beyond_max_seq_len():
