@@ -24,8 +24,9 @@ class CachedStep(nn.Cell):
     """The logits after each of ``count`` more tokens.
 
     The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
-    window alone, and one slot more, which nobody sees, for what need not be kept; keys already rotated, by their absolute positions (scores depend on the difference), but without the
-    decay of xPos, which would leave float32's range.
+    window alone, and one slot more, which nobody sees, for what need not be kept; keys already rotated, by their
+    absolute positions (scores depend on the difference), but without the decay of xPos, which would leave float32's
+    range.
 
     Args:
         model: a causal ``LocalTransformer`` with tokens.
