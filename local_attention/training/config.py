@@ -61,6 +61,8 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    muon_lr: float = 0.02
+    momentum: float = 0.95
 
 
 @dataclass
@@ -200,12 +202,14 @@ RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
     **DATA_RANGES,
     **MODEL_RANGES,
-    "optimizer.name": one_of("adam", "adamw"),
+    "optimizer.name": one_of("adam", "adamw", "muon"),
     "optimizer.lr": POSITIVE,
     "optimizer.beta1": BELOW_1,
     "optimizer.beta2": BELOW_1,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.muon_lr": POSITIVE,
+    "optimizer.momentum": BELOW_1,
     "schedule.name": one_of("constant", "cosine", "wsd"),
     "schedule.warmup_steps": NOT_NEGATIVE,
     "schedule.decay_fraction": FRACTION,

@@ -9,6 +9,11 @@ def is_decayed(parameter):
     return parameter.ndim == 2 and min(parameter.shape) > 1 and "embedding_table" not in parameter.name
 
 
+def is_hidden_matrix(parameter):
+    """Whether a parameter of a model is a matrix within its layers, which :class:`Muon` orthogonalises."""
+    return parameter.name.startswith("layers.") and parameter.name.endswith(".weight") and min(parameter.shape) > 1
+
+
 class Adam(nn.Optimizer):
     """Adam (Kingma & Ba 2015, arXiv 1412.6980); with weight decay AdamW (Loshchilov & Hutter 2019, 1711.05101).
 
@@ -21,14 +26,17 @@ class Adam(nn.Optimizer):
         beta1, beta2: decay of the means of gradients and of squared gradients.
         eps: added to the root of the bias-corrected mean of squared gradients.
         weight_decay: what :func:`is_decayed` loses this fraction of itself a step, times the learning rate.
+        left_out: tells of a parameter whether a subclass updates it instead.
     """
 
-    def __init__(self, params, learning_rate, beta1, beta2, eps, weight_decay=0.0):
+    def __init__(self, params, learning_rate, beta1, beta2, eps, weight_decay=0.0, left_out=lambda parameter: False):
         super().__init__(learning_rate, params)
         self.beta1, self.beta2, self.eps, self.decay = beta1, beta2, eps, weight_decay
         self.decayed = tuple(weight_decay > 0 and is_decayed(parameter) for parameter in self.parameters)
+        self.left_out = tuple(left_out(parameter) for parameter in self.parameters)
         self.moment1 = self.parameters.clone("moment1", init="zeros")
-        self.moment2 = self.parameters.clone("moment2", init="zeros")
+        own = [parameter for parameter, left_out in zip(self.parameters, self.left_out) if not left_out]
+        self.moment2 = ms.ParameterTuple(own).clone("moment2", init="zeros")
         self.update = ops.Adam()
 
     def construct(self, gradients):
@@ -39,16 +47,65 @@ class Adam(nn.Optimizer):
         eps = self.eps * ops.sqrt(1 - beta2_power)
         rate = self.get_lr()
         beta1, beta2 = Tensor(self.beta1, ms.float32), Tensor(self.beta2, ms.float32)
+        own = 0
         for i in range(len(gradients)):
             weight = self.parameters[i]
             if self.decayed[i]:
                 ops.assign(weight, weight * (1 - rate * self.decay))
-            moments = self.moment1[i], self.moment2[i]
-            self.update(weight, *moments, beta1_power, beta2_power, rate, beta1, beta2, eps, gradients[i])
+            if self.left_out[i]:
+                self.update_otherwise(weight, self.moment1[i], gradients[i], rate)
+            else:
+                moments = self.moment1[i], self.moment2[own]
+                self.update(weight, *moments, beta1_power, beta2_power, rate, beta1, beta2, eps, gradients[i])
+                own = own + 1
         return self.global_step
+
+    def update_otherwise(self, weight, moment, gradient, rate):
+        """For what is left out; a subclass says how."""
+
+
+class Muon(Adam):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for hidden matrices, AdamW for everything else.
+
+    A matrix moves along its gradient's momentum, of which five Newton-Schulz steps have made a matrix whose singular
+    values are about 1.
+
+    Args:
+        params, learning_rate, beta1, beta2, eps, weight_decay: see :class:`Adam`.
+        muon_lr: learning rate of the hidden matrices while the other one is ``learning_rate``; they change together.
+        momentum: decay of the gradients' sum.
+    """
+
+    def __init__(self, params, learning_rate, beta1, beta2, eps, weight_decay, muon_lr, momentum):
+        super().__init__(params, learning_rate, beta1, beta2, eps, weight_decay, left_out=is_hidden_matrix)
+        self.relative_rate, self.momentum = muon_lr / learning_rate, momentum
+        self.matmul, self.matmul_nt, self.matmul_tn = (
+            ops.MatMul(),
+            ops.MatMul(transpose_b=True),
+            ops.MatMul(transpose_a=True),
+        )
+
+    def update_otherwise(self, weight, moment, gradient, rate):
+        total = moment * self.momentum + gradient
+        ops.assign(moment, total)
+        direction = self.orthogonalise(gradient + total * self.momentum)  # looks ahead, as Nesterov's momentum does
+        tall = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+        ops.assign(weight, weight - direction * (rate * (self.relative_rate * tall)))
+
+    def orthogonalise(self, x):
+        """``x: (m, n)`` with singular values of 0.7 to 1.2, whatever they were."""
+        x = x * (1 / (ops.sqrt((x * x).sum()) + 1e-7))
+        tall = x.shape[0] > x.shape[1]
+        for _ in range(5):
+            square = self.matmul_tn(x, x) if tall else self.matmul_nt(x, x)
+            polynomial = square * -4.7750 + self.matmul(square, square) * 2.0315
+            x = x * 3.4445 + (self.matmul(x, polynomial) if tall else self.matmul(polynomial, x))
+        return x
 
 
 def build_optimizer(config, params):
     """The optimizer of an ``OptimizerConfig`` over ``params``; its learning rate is set before each step."""
-    decay = config.weight_decay if config.name == "adamw" else 0.0
-    return Adam(params, config.lr, config.beta1, config.beta2, config.eps, decay)
+    adam = (params, config.lr, config.beta1, config.beta2, config.eps)
+    if config.name == "muon":
+        return Muon(*adam, config.weight_decay, config.muon_lr, config.momentum)
+    return Adam(*adam, config.weight_decay if config.name == "adamw" else 0.0)

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from local_attention.training.config import OptimizerConfig
-from local_attention.training.optimizer import build_optimizer, is_decayed
+from local_attention.training.optimizer import build_optimizer, is_decayed, is_hidden_matrix
 from tests.training.toys import tiny_transformer
 
 CONFIG = OptimizerConfig(name="adamw", lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
@@ -26,16 +26,31 @@ GRADIENTS = [{name: RNG.standard_normal(shape) * 0.01 for name, shape in SHAPES.
 def definition(config, rates):
     """The weights after a step with each of ``rates``, by the papers' formulas (algorithms 1 and 2), in float64."""
     weights = {name: value.copy() for name, value in START.items()}
-    means, squares = ({name: 0.0 for name in SHAPES} for _ in range(2))
+    means, squares, sums = ({name: 0.0 for name in SHAPES} for _ in range(3))
     for step, (rate, gradients) in enumerate(zip(rates, GRADIENTS), 1):
         for name, gradient in gradients.items():
             means[name] = config.beta1 * means[name] + (1 - config.beta1) * gradient
             squares[name] = config.beta2 * squares[name] + (1 - config.beta2) * gradient**2
-            if config.name == "adamw" and name in DECAYED:
+            if config.name != "adam" and name in DECAYED:
                 weights[name] *= 1 - rate * config.weight_decay
+            if config.name == "muon" and name in DECAYED:
+                sums[name] = config.momentum * sums[name] + gradient
+                direction = newton_schulz(gradient + config.momentum * sums[name])
+                tall = max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
+                weights[name] -= rate * config.muon_lr / config.lr * tall * direction
+                continue
             mean, square = means[name] / (1 - config.beta1**step), squares[name] / (1 - config.beta2**step)
             weights[name] -= rate * mean / (np.sqrt(square) + config.eps)
     return weights
+
+
+def newton_schulz(x):
+    """Five steps towards the nearest matrix of orthogonal rows or columns, with Jordan's coefficients."""
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
 
 
 def trained(config, rates):
@@ -51,6 +66,30 @@ def trained(config, rates):
 def assert_same(weights, wanted):
     for name in SHAPES:
         np.testing.assert_allclose(weights[name], wanted[name], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("change", [{}, {"muon_lr": 0.04}, {"momentum": 0.5}, {"weight_decay": 0.9}, {"beta2": 0.8}])
+def test_muon_orthogonalises_momentum_of_hidden_matrices_and_leaves_the_rest_to_adamw(change):
+    config = replace(CONFIG, name="muon", **change)
+    assert_same(trained(config, RATES), definition(config, RATES))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5)])
+def test_the_directions_of_muon_have_singular_values_near_one_whatever_the_gradient(shape):
+    optimizer = build_optimizer(replace(CONFIG, name="muon"), ParameterTuple([Parameter(Tensor([1.0]), name="bias")]))
+    gradient = np.random.default_rng(1).standard_normal(shape) * np.logspace(0, -1, shape[1])
+    direction = optimizer.orthogonalise(Tensor(gradient * 1e-3, ms.float32)).asnumpy()
+    singular = np.linalg.svd(direction, compute_uv=False)
+    assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+def test_muon_is_for_the_matrices_within_layers_alone():
+    model = tiny_transformer(
+        num_residual_streams=2, gate_values_per_head=True, use_dynamic_pos_bias=True, qk_rmsnorm=True
+    )
+    hidden = {p.name.removeprefix("layers.0.") for p in model.trainable_params() if is_hidden_matrix(p)}
+    attention = {f"attention.to_{name}.weight" for name in ("q", "k", "v", "out", "v_gate")}
+    assert hidden == attention | {f"feed_forward.to_{name}.weight" for name in ("value", "gate", "out")}
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
