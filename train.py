@@ -12,7 +12,7 @@ def main(composed):
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.training import callbacks, checkpoint, closing, run_dir, run_log, signals
+    from local_attention.training import callbacks, checkpoint, closing, profile, run_dir, run_log, signals
     from local_attention.training.build import build_model
     from local_attention.training.crops import crop_dataset
     from local_attention.training.device import use_device
@@ -64,6 +64,8 @@ def main(composed):
         callbacks.Sample(state, train.generate_every, log, model, prompt, train.generate_length, config.seed),
         callbacks.SaveLast(state, train.checkpoint_every, saver),
     ]
+    if train.profile:
+        events.append(profile.Profile(place.run_dir))
     if not state.finished:
         with signals.StopOnSignal(state):
             dataset = crop_dataset(sampler, train, state.step)

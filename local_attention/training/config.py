@@ -92,6 +92,7 @@ class TrainConfig:
     keep_last: int = 2
     generate_every: int = 500
     generate_length: int = 256
+    profile: bool = False
 
 
 @dataclass
