@@ -1,7 +1,7 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
 from local_attention.training.command import command
-from local_attention.training.config import RunConfig, run_config
+from local_attention.training.config import RunConfig, as_dict, run_config
 
 
 @command("train", RunConfig, text=("data.path", "data.dir", "run_dir", "resume"))
@@ -12,10 +12,10 @@ def main(composed):
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.training import callbacks, checkpoint, closing, profile, run_dir, run_log, signals
+    from local_attention.training import callbacks, checkpoint, closing, errors, profile, run_dir, run_log, signals
     from local_attention.training.build import build_model
     from local_attention.training.crops import crop_dataset
-    from local_attention.training.device import use_device
+    from local_attention.training.device import use_device, warn_of_memory
     from local_attention.training.evaluate import Evaluator
     from local_attention.training.optimizer import build_optimizer
     from local_attention.training.state import RunState
@@ -46,10 +46,11 @@ def main(composed):
     # From here on the run directory is written.
     run_dir.create(place.run_dir, config)
     run_log.log_to_file(place.run_dir)
-    log = run_log.RunLog(place.run_dir, state.step)
+    log = run_log.RunLog(place.run_dir, state.step, as_dict(config))
     saver = callbacks.Saver(place.checkpoints, train.keep_last, model, optimizer, state, run_dir.origin(config, corpus))
     evaluator = Evaluator(model, train.seq_len, train.batch_size)
     run_dir.announce(place, model, train)
+    warn_of_memory(model, train)
 
     # Train. The callbacks run in this order after each step.
     advance = callbacks.Advance(state, step, config)
@@ -71,6 +72,8 @@ def main(composed):
             dataset = crop_dataset(sampler, train, state.step)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
+    if state.failure:
+        raise errors.RunError(state.failure)
     if state.signal:
         return closing.interrupted(place.run_dir, state, hydra.overrides.task)
 
@@ -79,6 +82,7 @@ def main(composed):
     checkpoint.restore(checkpoint.read(best)[0], model)
     scores = closing.score_splits(evaluator, corpus, state, log)
     closing.summarise(place.run_dir, state, scores)
+    log.compare({f"{split}_bpb": score.bpb for split, score in scores.items()}, state.step)
     closing.say_what_next(place.run_dir, state, hydra.overrides.task)
     log.close()
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from local_attention.decode import Decoder, generate_tokens
 from local_attention.training.checkpoint import Checkpoints, tensors_of
+from local_attention.training.device import peak_memory_bytes
 from local_attention.training.schedule import learning_rate
 from local_attention.training.terminal import as_text, duration
 
@@ -47,8 +48,25 @@ class Advance(Callback):
         self.state.step += 1
         self.state.bytes_seen += self.bytes_a_step
         self.state.train_s += self.seconds
-        if self.state.finished or self.state.signal:
+        self.count_skipped()
+        if self.state.finished or self.state.signal or self.state.failure:
             run_context.request_stop()
+
+    def count_skipped(self):
+        """Note a step that the ``TrainStep`` left out, and give up after too many of them."""
+        state, limit = self.state, self.config.train.max_bad_steps
+        if math.isfinite(self.bpb + self.grad_norm):
+            state.skipped_in_a_row = 0
+            return
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        what = f"loss {self.bpb:.4g} bpb, gradient norm {self.grad_norm:.4g}"
+        log.warning(f"step {state.step:>6,}  skipped: {what}")
+        if state.skipped_in_a_row == limit:
+            state.failure = (
+                f"step {state.step:,}: {what}, and so the last {limit} steps were skipped; lower optimizer.lr or "
+                "train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
+            )
 
 
 class Every(Callback):
@@ -69,7 +87,8 @@ class Report(Callback):
     Args:
         state, advance: as above.
         run_log: where to record.
-        interval: steps from one record to the next; it holds their mean loss. The first step is recorded, too.
+        interval: steps from one record to the next; it holds the mean loss of those not skipped. The first step is
+            recorded, too.
     """
 
     def __init__(self, state, advance, run_log, interval):
@@ -85,10 +104,12 @@ class Report(Callback):
         )
 
     def on_train_step_end(self, run_context):
-        self.bpbs.append(self.advance.bpb)
+        if self.state.skipped_in_a_row == 0:
+            self.bpbs.append(self.advance.bpb)
+            self.grad_norm, self.learning_rate = self.advance.grad_norm, self.advance.learning_rate
         self.seconds.append(self.advance.seconds)
         step = self.state.step
-        if step == 1 or step % self.interval == 0 or self.state.finished:
+        if self.bpbs and (step == 1 or step % self.interval == 0 or self.state.finished):
             self.report()
         self.bar.update(step - self.bar.n)
 
@@ -100,9 +121,11 @@ class Report(Callback):
             "train",
             state,
             bpb=bpb,
-            lr=self.advance.learning_rate,
-            grad_norm=self.advance.grad_norm,
+            lr=self.learning_rate,
+            grad_norm=self.grad_norm,
             bytes_per_s=bytes_per_s,
+            skipped_steps=state.skipped_steps,
+            peak_memory_bytes=peak_memory_bytes(),
         )
         parts = [f"train {bpb:.3f} bpb"]
         if self.val_bpb:
@@ -140,7 +163,7 @@ class Evaluate(Every):
         score = self.evaluator(*self.stretch)
         self.report.val_bpb = score.bpb
         self.run_log.record("eval", self.state, split="val", bpb=score.bpb, bytes_scored=score.bytes_scored)
-        best = self.state.best_val_bpb is None or score.bpb < self.state.best_val_bpb
+        best = score.bpb < (math.inf if self.state.best_val_bpb is None else self.state.best_val_bpb)
         remark = ", the best yet" if best else ""
         log.info(f"step {self.state.step:>6,}  val {score.bpb:.3f} bpb on {score.bytes_scored:,} bytes{remark}")
         if best:
@@ -194,7 +217,8 @@ class SaveLast(Every):
         self.save()
 
     def on_train_end(self, run_context):
-        self.save()
+        if not self.state.failure:  # then the checkpoint before is worth more
+            self.save()
 
 
 class Saver:

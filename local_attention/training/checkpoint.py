@@ -2,20 +2,28 @@
 
 A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``; the optimizer's state under ``optimizer.``,
 unless the weights were imported) and a ``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the
-newest and the best one. The sidecar is written after the tensors, and a checkpoint counts as there once its sidecar is.
+newest and the best one. The sidecar is written after the tensors, and a checkpoint counts as there once its sidecar is;
+it holds their checksum, so that one that was damaged later is known as such.
 """
 
+import hashlib
 import json
+import logging
+import math
 import os
 from pathlib import Path
 
 import mindspore as ms
-from safetensors import SafetensorError
+import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from local_attention.training.errors import CheckpointError
+from local_attention.training.errors import CheckpointError, RunError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1 had no checksum
+
+log = logging.getLogger("train")
 
 
 def write_atomically(path, write):
@@ -60,11 +68,29 @@ class Checkpoints:
         self.directory, self.keep_last = Path(directory), keep_last
 
     def save(self, tensors, meta, best=False):
-        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then lead ``last`` (and ``best``) to them."""
+        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then lead ``last`` (and ``best``) to them.
+
+        Raises:
+            RunError, OSError: for tensors that are not finite, and where the disk is full or cannot be written: then
+                nothing is, and the checkpoints that were complete stay.
+        """
+        broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+        if broken:
+            raise RunError(f"step {meta['step']:,}: {broken[0]} holds NaN or infinity, so no checkpoint was written")
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step-{meta['step']:08d}.safetensors"
-        write_atomically(path, lambda partial: save_file(tensors, partial))
-        write_text(sidecar(path), json.dumps({"format": FORMAT, **meta}, indent=1) + "\n")
+        checksum = None
+
+        def write(partial):
+            nonlocal checksum
+            save_file(tensors, partial)
+            checksum = checksum_of(partial)
+
+        try:
+            write_atomically(path, write)
+        except SafetensorError as error:
+            raise RunError(f"cannot write the checkpoint {path}: {error}") from None
+        write_text(sidecar(path), json.dumps({"format": FORMAT, "sha256": checksum, **meta}, indent=1) + "\n")
         self.point("last", path)
         if best:
             self.point("best", path)
@@ -92,36 +118,87 @@ class Checkpoints:
         return [path for path in sorted(self.directory.glob("step-*.safetensors")) if sidecar(path).exists()]
 
     def find(self, name):
-        """The path that ``name`` leads to (``last`` or ``best``), or None."""
-        path = self.directory / (self.directory / name).resolve().name
-        if path.exists() and sidecar(path).exists():
-            return path
+        """The path that ``name`` leads to (``last`` or ``best``), or the newest one that is whole; None without any.
+
+        A warning says which damaged ones are passed over.
+
+        Raises:
+            CheckpointError: where all are damaged.
+        """
         complete = self.complete()
-        return complete[-1] if complete else None
+        named = self.directory / (self.directory / name).resolve().name
+        for path in ([named] if named in complete else []) + [p for p in reversed(complete) if p != named]:
+            try:
+                read_meta(path)
+            except CheckpointError as error:
+                log.warning(f"{error}; looking for an older one")
+            else:
+                return path
+        if complete:
+            raise CheckpointError(
+                f"all checkpoints in {self.directory} are damaged: restore one of them, or begin a new run elsewhere"
+            )
+        return None
+
+
+def remove_leftovers(directory):
+    """Delete what a process that was killed while it wrote left behind in the directory, if it is there."""
+    for path in Path(directory).glob(".*.partial-*"):
+        path.unlink()
+    for path in Path(directory).glob("step-*.json"):
+        if not path.with_suffix(".safetensors").exists():
+            path.unlink()
 
 
 def sidecar(path):
     return path.with_suffix(".json")
 
 
-def read(path):
-    """The tensors (name to array) and the metadata of a checkpoint.
+def checksum_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_meta(path):
+    """The metadata of a checkpoint whose tensors are as they were written.
 
     Raises:
         CheckpointError: for a file that is missing, damaged or of another format.
     """
-    path = Path(path).resolve()
     try:
         meta = json.loads(sidecar(path).read_text())
-        tensors = load_file(path)
+        found = meta.get("format") if isinstance(meta, dict) else None
+        if found not in READABLE:
+            raise CheckpointError(f"the checkpoint {path} has format {found}, expected 1 or {FORMAT}")
+        if found > 1 and meta.pop("sha256", None) != checksum_of(path):
+            raise CheckpointError(f"the checkpoint {path} cannot be read: its checksum is not that of its sidecar")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint, or one without its {sidecar(path).name}") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
+    return meta
+
+
+def read(path):
+    """The tensors (name to array) and the metadata of a checkpoint; raises ``CheckpointError`` as :func:`read_meta`."""
+    path = Path(path).resolve()
+    meta = read_meta(path)
+    try:
+        return load_file(path), meta
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"the checkpoint {path} has format {found}, expected {FORMAT}")
-    return tensors, meta
+
+
+def shapes_of(path):
+    """Name to number of elements, of the tensors of a checkpoint, from the head of its file alone."""
+    with safe_open(path, "numpy") as file:
+        names = file.keys()
+        return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
 
 
 def named_parameters(model, optimizer=None):

@@ -85,6 +85,7 @@ class TrainConfig:
     max_steps: int | None = 1000
     max_minutes: float | None = None
     clip_norm: float = 0.5
+    max_bad_steps: int = 10
     log_every: int = 10
     eval_every: int = 100
     eval_bytes: int = 100_000
@@ -199,7 +200,10 @@ MODEL_RANGES = {
 }
 RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
-    **{f"train.{key}": POSITIVE for key in ("clip_norm", "log_every", "eval_every", "eval_bytes", "checkpoint_every")},
+    **{
+        f"train.{key}": POSITIVE
+        for key in ("clip_norm", "max_bad_steps", "log_every", "eval_every", "eval_bytes", "checkpoint_every")
+    },
     **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
     **DATA_RANGES,
     **MODEL_RANGES,
@@ -441,3 +445,11 @@ def check_ranges(config, ranges):
 def as_dict(config):
     """A dataclass tree as plain dictionaries."""
     return {f.name: as_dict(v) if is_dataclass(v := getattr(config, f.name)) else v for f in fields(config)}
+
+
+def flat(tree, prefix=""):
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    result = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result

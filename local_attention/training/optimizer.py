@@ -1,7 +1,7 @@
 """The optimizers that a config may name."""
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import nn, ops
 
 
 def is_decayed(parameter):
@@ -39,28 +39,28 @@ class Adam(nn.Optimizer):
         self.moment2 = ms.ParameterTuple(own).clone("moment2", init="zeros")
         self.update = ops.Adam()
 
-    def construct(self, gradients):
-        ops.assign_add(self.global_step, self.global_step_increase_tensor)
+    def construct(self, gradients, taken):
+        """One step, or none: with ``taken``, a () float32, of 0, and gradients of 0, nothing changes; else it is 1."""
+        ops.assign_add(self.global_step, taken.astype(ms.int32).reshape(1))
         steps = self.global_step.astype(ms.float32).reshape(())
         beta1_power, beta2_power = ops.pow(self.beta1, steps), ops.pow(self.beta2, steps)
         # The kernel divides by sqrt(moment2) + eps before it corrects the bias; so corrected, eps is PyTorch's.
         eps = self.eps * ops.sqrt(1 - beta2_power)
-        rate = self.get_lr()
-        beta1, beta2 = Tensor(self.beta1, ms.float32), Tensor(self.beta2, ms.float32)
+        rate, beta1, beta2 = self.get_lr() * taken, self.beta1 * taken + (1 - taken), self.beta2 * taken + (1 - taken)
         own = 0
         for i in range(len(gradients)):
             weight = self.parameters[i]
             if self.decayed[i]:
                 ops.assign(weight, weight * (1 - rate * self.decay))
             if self.left_out[i]:
-                self.update_otherwise(weight, self.moment1[i], gradients[i], rate)
+                self.update_otherwise(weight, self.moment1[i], gradients[i], rate, taken)
             else:
                 moments = self.moment1[i], self.moment2[own]
                 self.update(weight, *moments, beta1_power, beta2_power, rate, beta1, beta2, eps, gradients[i])
                 own = own + 1
         return self.global_step
 
-    def update_otherwise(self, weight, moment, gradient, rate):
+    def update_otherwise(self, weight, moment, gradient, rate, taken):
         """For what is left out; a subclass says how."""
 
 
@@ -85,8 +85,8 @@ class Muon(Adam):
             ops.MatMul(transpose_a=True),
         )
 
-    def update_otherwise(self, weight, moment, gradient, rate):
-        total = moment * self.momentum + gradient
+    def update_otherwise(self, weight, moment, gradient, rate, taken):
+        total = moment * (self.momentum * taken + (1 - taken)) + gradient
         ops.assign(moment, total)
         direction = self.orthogonalise(gradient + total * self.momentum)  # looks ahead, as Nesterov's momentum does
         tall = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5

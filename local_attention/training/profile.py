@@ -29,9 +29,7 @@ class Profile(Callback):
     def on_train_step_begin(self, run_context):
         if self.steps == WARM_UP:
             folder = str(self.run_dir / "profile")
-            self.profiler = profile(
-                activities=[ProfilerActivity.CPU], on_trace_ready=tensorboard_trace_handler(folder)
-            )
+            self.profiler = profile(activities=[ProfilerActivity.CPU], on_trace_ready=tensorboard_trace_handler(folder))
             self.profiler.start()
 
     def on_train_step_end(self, run_context):
@@ -54,7 +52,9 @@ class Profile(Callback):
         rows = operator_times(newest.read_text(), STEPS)
         lines = [",".join(COLUMNS), *(f"{name},{calls:g},{ms:.3f},{share:.4f}" for name, calls, ms, share in rows)]
         write_text(self.run_dir / "profile.csv", "\n".join(lines) + "\n")
-        log.info(f"operator times of a step, {sum(row[2] for row in rows):.1f} ms in all; {self.run_dir / 'profile.csv'}:")
+        log.info(
+            f"operator times of a step, {sum(row[2] for row in rows):.1f} ms in all; {self.run_dir / 'profile.csv'}:"
+        )
         for name, calls, ms, share in rows[:10]:
             log.info(f"    {name:36} {calls:6g} x {ms:10.2f} ms {share:7.1%}")
 
@@ -64,7 +64,6 @@ def operator_times(text, steps):
     rows = list(csv.DictReader(text.splitlines()))
     total = sum(float(row["total_compute_time"]) for row in rows) or 1.0
     table = [
-        (row["op_type"], int(row["type_occurrences"]) / steps, float(row["total_compute_time"]) / steps)
-        for row in rows
+        (row["op_type"], int(row["type_occurrences"]) / steps, float(row["total_compute_time"]) / steps) for row in rows
     ]
     return sorted(((*row, row[2] * steps / total) for row in table), key=lambda row: -row[2])

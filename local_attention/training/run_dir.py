@@ -1,14 +1,16 @@
 """Where a run writes, and what it goes on from."""
 
+import fcntl
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from local_attention.training.checkpoint import Checkpoints, write_text
-from local_attention.training.config import RunConfig, as_dict
+from local_attention.training.checkpoint import Checkpoints, remove_leftovers, write_text
+from local_attention.training.config import RunConfig, as_dict, flat
 from local_attention.training.errors import CheckpointError, UsageError
 
 # What a continued run must share with the run that wrote the checkpoint.
@@ -57,7 +59,7 @@ def find_place(config, experiment):
 
 
 def refuse_to_overwrite(run_dir):
-    if Checkpoints(run_dir / "checkpoints").find("last"):
+    if Checkpoints(run_dir / "checkpoints").complete():
         raise UsageError(f"{run_dir} holds a run already: continue it with resume=auto, or name another run_dir")
 
 
@@ -85,8 +87,8 @@ def origin(config, corpus):
 def check_same_run(config, corpus, meta):
     """Refuse to go on with other settings or bytes than the checkpoint's where that would not be the same run.
 
-    A setting that is younger than the checkpoint had its default there. Groups of settings and bytes of which the
-    checkpoint says nothing, as one of imported weights does, may be any.
+    Other changes are logged. A setting that is younger than the checkpoint had its default there. Groups of settings
+    and bytes of which the checkpoint says nothing, as one of imported weights does, may be any.
 
     Args:
         config: a ``RunConfig``.
@@ -98,26 +100,44 @@ def check_same_run(config, corpus, meta):
     """
     defaults = {group: values for group, values in as_dict(RunConfig()).items() if group in meta["config"]}
     before, now = (flat({**o["config"], "data": o.get("data", {})}) for o in (meta, origin(config, corpus)))
+    changed = []
     for key, value in sorted((flat(defaults) | before).items()):
-        if key.startswith(FIXED) and value != now.get(key):
+        if value == now.get(key):
+            continue
+        if key.startswith(FIXED):
             raise UsageError(
                 f"cannot continue: {key} was {value} in the run and is {now.get(key)} now; "
                 "give the old value, or begin a new run with another run_dir"
             )
-
-
-def flat(tree, prefix=""):
-    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
-    result = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
+        if key in now and key not in ("run_dir", "resume"):
+            changed.append(f"{key} from {value} to {now[key]}")
+    if changed:
+        log.info(f"changed since the checkpoint: {', '.join(changed)}")
 
 
 def create(run_dir, config):
-    """Make the directory, with ``config.yaml``: the whole config, enough to rebuild the model."""
+    """Make the directory, with ``config.yaml``: the whole config, enough to rebuild the model.
+
+    What a process that was killed left half-written is removed.
+
+    Returns:
+        A descriptor: as long as it is open, until the process ends, no other one can write there.
+
+    Raises:
+        UsageError: where another process is writing there.
+    """
     Path(run_dir).mkdir(parents=True, exist_ok=True)
+    lock = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"another process is writing to {run_dir}: wait for its end, or name another run_dir"
+        ) from None
+    remove_leftovers(run_dir)
+    remove_leftovers(Path(run_dir) / "checkpoints")
     write_text(Path(run_dir) / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+    return lock
 
 
 def announce(place, model, train):

@@ -2,34 +2,52 @@
 
 import json
 import logging
+import math
 import sys
+import time
 from contextlib import suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+import yaml
 from tensorboardX import SummaryWriter
+from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
+from local_attention.training.config import flat
 
 LOGGERS = ("train", "data")
+NO_CURVES = ("kind", "step", "bytes_seen", "wall_s", "split", "whole_split", "prompt")  # in records
 _kept = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
 
 
 class RunLog:
     """Records of a run, in ``metrics.jsonl`` and ``tensorboard/``.
 
+    A run that goes on begins its event file anew, from ``metrics.jsonl``: one point a step, none missing, whenever the
+    process before was killed.
+
     Args:
         run_dir: the run directory; it exists.
         step: records of later steps, written by a session that was cut off after its last checkpoint, are dropped.
+        config: the run's config as a dictionary, to be shown in TensorBoard.
     """
 
-    def __init__(self, run_dir, step=0):
-        self.path = Path(run_dir) / "metrics.jsonl"
-        if self.path.exists():
-            write_text(self.path, "".join(line + "\n" for line in self.complete_lines(step)))
+    def __init__(self, run_dir, step=0, config=None):
+        self.path, folder = Path(run_dir) / "metrics.jsonl", Path(run_dir) / "tensorboard"
+        earlier = list(self.complete_lines(step)) if self.path.exists() else []
+        write_text(self.path, "".join(line + "\n" for line in earlier))
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=step + 1 if step else None)
+        for events in folder.glob("events.*"):
+            events.unlink()
+        self.config = config or {}
+        self.tensorboard = SummaryWriter(str(folder), purge_step=0)  # points that a server holds already: forget them
+        self.tensorboard.add_text("config", "```\n" + yaml.safe_dump(self.config, sort_keys=False) + "```", 0)
+        records = [json.loads(line) for line in earlier]
+        for record in records:
+            self.show(record, time.time() - records[-1]["wall_s"] + record["wall_s"])
+        self.tensorboard.flush()
 
     def complete_lines(self, step):
         """The lines that are whole and not later than ``step``."""
@@ -46,18 +64,35 @@ class RunLog:
         Args:
             kind: "train", "eval" or "sample".
             state: the :class:`RunState` of the moment.
-            values: what was measured; those of "eval" have ``split``.
+            values: what was measured; those of "eval" have ``split``. Numbers that are not finite become null.
         """
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        values |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
         common = {"kind": kind, "step": state.step, "bytes_seen": state.bytes_seen, "wall_s": round(state.wall_s, 3)}
         self.file.write(json.dumps(common | values) + "\n")
         self.file.flush()
-        group = ("whole_" if values.get("whole_split") else "") + values.get("split", kind)
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self.tensorboard.add_scalar(f"{group}/{name}", value, state.step)
-            elif name == "text":
-                self.tensorboard.add_text(group, "```\n" + value + "\n```", state.step)
+        self.show(common | values)
         self.tensorboard.flush()
+
+    def show(self, record, walltime=None):
+        """The points and texts of a record."""
+        group = ("whole_" if record.get("whole_split") else "") + record.get("split", record["kind"])
+        for name, value in record.items():
+            if value is None or name in NO_CURVES:
+                continue
+            if name == "text":
+                self.tensorboard.add_text(group, "```\n" + value + "\n```", record["step"], walltime)
+            else:
+                self.tensorboard.add_scalar(f"{group}/{name}", value, record["step"], walltime)
+
+    def compare(self, scores, step):
+        """Show settings beside scores (name to number) in TensorBoard's table of runs, HPARAMS."""
+        settings = {key: value for key, value in flat(self.config).items() if isinstance(value, int | float | str)}
+        scores = {f"hparams/{name}": score for name, score in scores.items()}
+        for summary in hparams(settings, scores):
+            self.tensorboard.file_writer.add_summary(summary, step)
+        for name, score in scores.items():
+            self.tensorboard.add_scalar(name, score, step)
 
     def close(self):
         self.file.close()

@@ -18,7 +18,10 @@ class RunState:
     train_s: float = 0.0  # in steps alone
     earlier_s: float = 0.0  # wall clock of earlier sessions
     best_val_bpb: float | None = None
+    skipped_steps: int = 0  # whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
     signal: int | None = None  # the signal that asked the run to end
+    failure: str | None = None  # why the run cannot go on
 
     def __post_init__(self):
         self.started = time.monotonic()
@@ -49,10 +52,11 @@ class RunState:
 
     def saved(self):
         """What a checkpoint's sidecar keeps."""
-        kept = {"step", "bytes_seen", "train_s", "best_val_bpb"}
+        kept = {"step", "bytes_seen", "train_s", "best_val_bpb", "skipped_steps", "skipped_in_a_row"}
         return {key: value for key, value in asdict(self).items() if key in kept} | {"wall_s": self.wall_s}
 
     def load(self, meta):
         """Go on from a checkpoint's sidecar."""
         self.step, self.bytes_seen, self.best_val_bpb = meta["step"], meta["bytes_seen"], meta["best_val_bpb"]
         self.train_s, self.earlier_s = meta["train_s"], meta["wall_s"]
+        self.skipped_steps, self.skipped_in_a_row = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)

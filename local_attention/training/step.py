@@ -6,6 +6,8 @@ import time
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from local_attention.training.optimizer import Adam
+
 log = logging.getLogger("train")
 
 
@@ -23,6 +25,9 @@ class LanguageModelLoss(nn.Cell):
 class TrainStep(nn.TrainOneStepCell):
     """Forward, backward, mean over micro-batches, clip by global norm, optimizer step.
 
+    Where loss or norm is NaN or infinite, weights and the state of an :class:`Adam` stay as they are; another optimizer
+    gets gradients of zero.
+
     The micro-batches run one after the other in a loop of the graph, so the memory is that of one of them (and of a
     second set of gradients), and compiling takes as long as for one.
 
@@ -36,6 +41,7 @@ class TrainStep(nn.TrainOneStepCell):
     def __init__(self, model, optimizer, grad_accum_every, clip_norm):
         super().__init__(LanguageModelLoss(model), optimizer)
         self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
+        self.can_skip, self.zero_for_nan = isinstance(optimizer, Adam), ops.NanToNum(0.0, 0.0, 0.0)
         self.loss_and_gradients = ops.value_and_grad(self.network, None, self.weights)
         if grad_accum_every > 1:
             self.loss_sum = Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
@@ -53,12 +59,18 @@ class TrainStep(nn.TrainOneStepCell):
             loss, gradients = self.accumulate(crops)
         gradients = self.grad_reducer(gradients)
         norm = global_norm(gradients)
-        shrink = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6))
+        # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on a CPU), so one that is to
+        # be skipped is made an update by nothing.
+        taken = ops.isfinite(loss + norm).astype(norm.dtype)
+        shrink = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6)) * taken
         clipped = ()
         for gradient in gradients:
-            clipped = clipped + (gradient * shrink,)
+            clipped = clipped + (self.zero_for_nan(gradient * shrink),)
         learning_rate = self.optimizer.learning_rate + 0.0
-        loss = ops.depend(loss, self.optimizer(clipped))
+        if self.can_skip:
+            loss = ops.depend(loss, self.optimizer(clipped, taken))
+        else:
+            loss = ops.depend(loss, self.optimizer(clipped))
         return loss, norm, learning_rate
 
     def accumulate(self, crops):

@@ -1,14 +1,11 @@
 import json
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from tests.e2e.tensorboard_server import tensorboard
 
 
 def records(run_dir, kind):
@@ -119,16 +116,8 @@ def test_continuing_with_another_model_is_refused_with_both_values(finished_run,
 
 def test_tensorboard_lists_the_scalars_and_the_samples(finished_run):
     run_dir, _ = finished_run
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", run_dir, "--host", "127.0.0.1", "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        scalars = ask(f"http://127.0.0.1:{port}/data/plugin/scalars/tags")
+    with tensorboard(run_dir) as ask:
+        scalars = ask("/data/plugin/scalars/tags")
         assert set(next(iter(scalars.values()))) >= {
             "train/bpb",
             "train/lr",
@@ -138,25 +127,8 @@ def test_tensorboard_lists_the_scalars_and_the_samples(finished_run):
             "whole_val/bpb",
             "whole_test/bpb",
         }
-        texts = ask(f"http://127.0.0.1:{port}/data/plugin/text/tags")
+        texts = ask("/data/plugin/text/tags")
         assert any("sample" in tag for tag in next(iter(texts.values())))
         run = next(iter(scalars))
-        points = ask(f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?run={run}&tag=train%2Fbpb")
+        points = ask(f"/data/plugin/scalars/scalars?run={run}&tag=train%2Fbpb")
         assert [step for _, step, _ in points] == list(range(1, 13))
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def ask(url):
-    """The JSON at ``url``, as soon as the server has it."""
-    for _ in range(120):
-        try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                found = json.load(answer)
-            if found:
-                return found
-        except OSError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"no answer from {url}")

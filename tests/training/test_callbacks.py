@@ -1,7 +1,7 @@
 import io
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +121,20 @@ def test_the_learning_rate_of_a_run_with_a_time_limit_follows_the_clock(clock):
     assert callback.step_cell.rates == [pytest.approx(0.5 * (0.1 + 0.9 * 0.5))]
 
 
+@pytest.mark.parametrize("outputs", [(math.nan, 1.0, 0.1), (1.0, math.inf, 0.1), (math.inf, math.nan, 0.1)])
+def test_steps_that_are_not_finite_are_counted_and_too_many_in_a_row_end_the_run(clock, caplog, outputs):
+    state = RunState(1000, None)
+    callback = advance(state)
+    callback.config = replace(CONFIG, train=replace(TRAIN, max_bad_steps=3))
+    for _ in range(2):
+        assert not one_step(callback, clock, outputs=outputs).stopped
+    assert not one_step(callback, clock, outputs=(1.0, 1.0, 0.1)).stopped  # a good one in between
+    assert [one_step(callback, clock, outputs=outputs).stopped for _ in range(3)] == [False, False, True]
+    assert (state.step, state.skipped_steps) == (6, 5)
+    assert state.failure.startswith("step 6:") and "the last 3 steps were skipped" in state.failure
+    assert caplog.text.count("skipped") == 5
+
+
 def test_max_steps_end_the_run(clock):
     callback = advance(RunState(3, None))
     assert [one_step(callback, clock).stopped for _ in range(3)] == [False, False, True]
@@ -181,7 +195,10 @@ def test_a_record_holds_the_means_since_the_one_before_and_the_newest_norm_and_r
     assert [value["bpb"] for value in values] == [1.0, 3.0, 6.5]  # of the steps 1, 2 to 4, 5 to 8
     assert [value["bytes_per_s"] for value in values] == pytest.approx([60.0, 60 / 3.0, 60 / 6.5])
     assert {(value["grad_norm"], value["lr"]) for value in values} == {(0.5, 0.25)}
-    assert all(value.keys() == {"bpb", "lr", "grad_norm", "bytes_per_s"} for value in values)
+    assert all(
+        value.keys() >= {"bpb", "lr", "grad_norm", "bytes_per_s", "skipped_steps", "peak_memory_bytes"}
+        for value in values
+    )
 
 
 def test_lines_say_step_bpb_speed_and_time_left(clock, caplog):

@@ -6,8 +6,10 @@ import mindspore as ms
 import pytest
 
 from local_attention.training import device
-from local_attention.training.device import peak_memory_bytes, use_device
+from local_attention.training.config import TrainConfig
+from local_attention.training.device import estimated_bytes, peak_memory_bytes, use_device, warn_of_memory
 from local_attention.training.errors import UsageError
+from tests.training.toys import tiny_transformer
 
 
 @pytest.fixture
@@ -48,3 +50,15 @@ def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
     monkeypatch.setattr(device.resource, "getrusage", usage.get)
     monkeypatch.setattr(sys, "platform", platform)
     assert peak_memory_bytes() == 5000 * unit
+
+
+def test_a_run_that_does_not_fit_into_the_machine_is_warned_of_with_both_figures(monkeypatch, caplog):
+    model, train = tiny_transformer(dim=64, depth=2), TrainConfig(seq_len=1000, batch_size=10)
+    needed = estimated_bytes(model, train)
+    activations = 4 * 55 * 64 * 2 * 1000 * 10
+    assert activations + 0.25e9 < needed < activations + 0.35e9
+    for there, warned in ((needed * 1.1, False), (needed * 0.9, True)):
+        monkeypatch.setattr(device.os, "sysconf", {"SC_PHYS_PAGES": there / 4096, "SC_PAGE_SIZE": 4096}.get)
+        caplog.clear()
+        warn_of_memory(model, train)
+        assert ("this run takes about 0.6 GB, and this machine has 0.5 GB" in caplog.text) == warned

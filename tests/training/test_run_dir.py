@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -251,7 +252,7 @@ def test_config_yaml_can_be_read_back_into_the_same_config(tmp_path):
 
 
 def test_a_directory_that_is_there_gets_the_config_of_now(tmp_path):
-    run_dir.create(tmp_path, RunConfig())
+    os.close(run_dir.create(tmp_path, RunConfig()))  # as at the end of its process
     run_dir.create(tmp_path, RunConfig(seed=5))
     assert run_config(OmegaConf.load(tmp_path / "config.yaml")).seed == 5
 

@@ -59,6 +59,14 @@ def test_a_line_says_kind_step_bytes_seen_and_seconds_and_what_was_measured(open
     ]
 
 
+def test_a_number_that_is_not_finite_is_null_and_no_point(opened, tmp_path, capfd):
+    log = opened()
+    log.record("eval", state_at(1), split="val", bpb=float("nan"), bytes_scored=3)
+    assert records(tmp_path)[0]["bpb"] is None
+    assert "val/bpb" not in events(tmp_path, log).Tags()["scalars"]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_line_is_there_as_soon_as_it_is_recorded(opened, tmp_path):
     log = opened()
     for step in (1, 2):
@@ -128,17 +136,31 @@ def test_tensorboard_has_the_sampled_texts(opened, tmp_path):
     assert b"Hello\nworld" in point.tensor_proto.string_val[0]
 
 
-def test_tensorboard_forgets_points_after_the_resumed_step(opened, tmp_path):
+def test_tensorboard_of_a_continued_run_has_the_points_of_its_metrics_and_no_others(opened, tmp_path):
     log = opened()
     for step in (1, 2, 3):
         log.record("train", state_at(step), bpb=3.0)
-    log.close()
+    log.record("sample", state_at(2), text="Hello", prompt="Say")
     (file,) = (tmp_path / "tensorboard").iterdir()
-    file.rename(file.with_name("events.out.tfevents.1000000000.host"))  # files are named after the second they begin in
+    file.write_bytes(file.read_bytes()[:60])  # as a process leaves it that is killed before it could write more
     log = opened(2)
     log.record("train", state_at(3), bpb=2.0)
-    curve = [(point.step, point.value) for point in events(tmp_path, log).Scalars("train/bpb")]
-    assert curve == [(1, 3.0), (2, 3.0), (3, 2.0)]
+    found = events(tmp_path, log)
+    assert [(point.step, point.value) for point in found.Scalars("train/bpb")] == [(1, 3.0), (2, 3.0), (3, 2.0)]
+    assert len(found.Tensors("sample/text_summary")) == 1
+    times = [point.wall_time for point in found.Scalars("train/bpb")]
+    assert times == sorted(times)
+
+
+def test_tensorboard_has_the_config_and_a_line_in_its_table_of_runs(opened, tmp_path):
+    log = opened(0, {"optimizer": {"lr": 0.25}, "seed": 7, "resume": None})
+    log.compare({"test_bpb": 1.75}, 12)
+    found = events(tmp_path, log)
+    (config,) = found.Tensors("config/text_summary")
+    assert b"lr: 0.25" in config.tensor_proto.string_val[0]
+    assert [(point.step, point.value) for point in found.Scalars("hparams/test_bpb")] == [(12, 1.75)]
+    settings = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in settings and b"seed" in settings
 
 
 # The screen and train.log

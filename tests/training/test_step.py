@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from local_attention.training.config import TrainConfig
+from local_attention.training.checkpoint import tensors_of
+from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.evaluate import Evaluator
+from local_attention.training.optimizer import build_optimizer
 from local_attention.training.step import TrainStep, compile_step
 from tests.training.toys import (
     TOKENS,
@@ -136,6 +138,25 @@ def test_gradients_below_clip_norm_are_left_as_they_are(clipped):
     assert 0.5 * CLIP < norm < CLIP
     _, _, _, after = take(clipped, crops, weights)
     assert_weights(after, {name: weights[name] - 0.5 * gradients[name] for name in weights})
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_optimizer(optimizer, broken):
+    model = Bigram()
+    step = TrainStep(model, build_optimizer(OptimizerConfig(optimizer), model.trainable_params()), 1, 1.0).set_train()
+    good = weights_of(model)
+    take(step, TOY_CROPS[:1])
+    bad = good["bias"] * 0 + broken * (np.arange(TOKENS) == 3)
+    set_weights(model, good | {"bias": bad})
+    before = tensors_of(model, step.optimizer)
+    loss, norm, *_ = take(step, TOY_CROPS[:1])
+    assert not np.isfinite(loss + norm)
+    for name, value in tensors_of(model, step.optimizer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    set_weights(model, good)
+    *_, after = take(step, TOY_CROPS[:1])
+    assert abs(after["table"] - good["table"]).max() > 1e-4
 
 
 @pytest.mark.parametrize("rate", [0.125, 2.0])

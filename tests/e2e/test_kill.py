@@ -1,0 +1,85 @@
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.e2e.conftest import TINY
+from tests.e2e.tensorboard_server import tensorboard
+
+KILLS = 20
+STEPS = 400
+OVERRIDES = [
+    f"train.max_steps={STEPS}",
+    "model.depth=1",
+    "train.checkpoint_every=3",
+    "train.eval_every=50",
+    "train.generate_every=1000",
+]
+
+
+@pytest.fixture(scope="module")
+def killed(commands):
+    """A run that was killed again and again, and continued each time: its directory, and its steps at the kills."""
+    rng, steps = random.Random(0), []
+    for _ in range(KILLS):
+        process = commands.start("train.py", *TINY, f"data.path={commands.text}", "run_dir=runs/killed", *OVERRIDES)
+        for line in process.stdout:
+            if line.startswith(b"compiled"):
+                break
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        saved = sorted((commands.folder / "runs/killed/checkpoints").glob("step-*.json"))
+        steps.append(int(saved[-1].stem.removeprefix("step-")) if saved else 0)
+    result = commands.train("runs/killed", *OVERRIDES)
+    assert result.returncode == 0, result.stderr
+    return commands.folder / "runs/killed", steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(commands):
+    result = commands.train("runs/undisturbed", *OVERRIDES)
+    assert result.returncode == 0, result.stderr
+    return commands.folder / "runs/undisturbed"
+
+
+def final(run_dir):
+    return load_file(run_dir / f"checkpoints/step-{STEPS:08d}.safetensors")
+
+
+def test_a_run_killed_at_twenty_instants_ends_with_the_weights_of_the_undisturbed_one(killed, undisturbed):
+    run_dir, steps = killed
+    assert steps == sorted(steps) and len(set(steps)) > 3 and steps[-1] < STEPS, steps
+    ours, wanted = final(run_dir), final(undisturbed)
+    assert ours.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_array_equal(ours[name], wanted[name], err_msg=name)
+
+
+def test_its_metrics_are_those_of_the_undisturbed_one_line_by_line(killed, undisturbed):
+    def measured(run_dir):
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        timed = {"wall_s", "bytes_per_s", "peak_memory_bytes"}
+        return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+    assert measured(killed[0]) == measured(undisturbed)
+
+
+def test_nothing_half_written_is_left_in_its_directory(killed):
+    run_dir, _ = killed
+    assert not [path for path in run_dir.rglob("*") if "partial" in path.name]
+    checkpoints = {path.stem for path in (run_dir / "checkpoints").glob("step-*")}
+    for stem in checkpoints:
+        assert {path.suffix for path in (run_dir / "checkpoints").glob(f"{stem}.*")} == {".json", ".safetensors"}
+
+
+def test_tensorboard_shows_one_point_a_step_and_none_is_missing(killed):
+    run_dir, _ = killed
+    with tensorboard(run_dir) as ask:
+        run = next(iter(ask("/data/plugin/scalars/tags")))
+        for tag, wanted in (("train%2Fbpb", range(1, STEPS + 1)), ("val%2Fbpb", range(50, STEPS + 1, 50))):
+            points = ask(f"/data/plugin/scalars/scalars?run={run}&tag={tag}")
+            assert [step for _, step, _ in points] == list(wanted)
