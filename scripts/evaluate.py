@@ -47,7 +47,7 @@ def main(composed):
     bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
     score = evaluator(corpus.bytes, start, stop, config.stride, bar)
     how = f"checkpoint {path}, seq_len {config.seq_len}, stride {config.stride}"
-    print(f"{config.split}: {score.bpb:.4f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
+    print(f"{config.split}: {score.bpb:.6f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from local_attention.training.errors import CheckpointError, RunError
 
-FORMAT = 2
-READABLE = (1, FORMAT)  # 1 had no checksum
+FORMAT = 1
 
 log = logging.getLogger("train")
 
@@ -169,18 +168,16 @@ def read_meta(path):
         CheckpointError: for a file that is missing, damaged or of another format.
     """
     try:
-        meta = json.loads(sidecar(path).read_text())
-        found = meta.get("format") if isinstance(meta, dict) else None
-        if found not in READABLE:
-            raise CheckpointError(f"the checkpoint {path} has format {found}, expected 1 or {FORMAT}")
-        if found > 1 and meta.pop("sha256", None) != checksum_of(path):
-            raise CheckpointError(f"the checkpoint {path} cannot be read: its checksum is not that of its sidecar")
+        meta, checksum = json.loads(sidecar(path).read_text()), checksum_of(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint, or one without its {sidecar(path).name}") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"the checkpoint {path} has format {found}, expected {FORMAT}")
+    if meta.pop("sha256", checksum) != checksum:  # older ones have none
+        raise CheckpointError(f"the checkpoint {path} cannot be read: its checksum is not that of its sidecar")
     return meta
 
 

@@ -6,7 +6,7 @@ import time
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.training.optimizer import Adam
+from local_attention.training.optimizer import Adam, sum_of_squares
 
 log = logging.getLogger("train")
 
@@ -96,7 +96,7 @@ def global_norm(tensors):
     """Square root of the sum of all squares."""
     squares = ()
     for tensor in tensors:
-        squares = squares + ((tensor * tensor).sum(),)
+        squares = squares + (sum_of_squares(tensor),)
     return ops.sqrt(ops.addn(squares))
 
 

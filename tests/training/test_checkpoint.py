@@ -1,3 +1,4 @@
+import json
 import os
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from mindspore import Tensor
 from local_attention.training import checkpoint
 from local_attention.training.checkpoint import Checkpoints, read, restore, sidecar, tensors_of, write_atomically
 from local_attention.training.config import OptimizerConfig
-from local_attention.training.errors import CheckpointError
+from local_attention.training.errors import CheckpointError, RunError
 from local_attention.training.optimizer import build_optimizer
 from local_attention.training.step import TrainStep
 from tests.training.toys import TOKENS, Bigram, randomise, tiny_transformer
@@ -158,8 +159,8 @@ def cut(path):
         (lambda path: sidecar(path).write_bytes(b""), "cannot be read"),
         (lambda path: sidecar(path).write_bytes(b"\xff\xfe"), "cannot be read"),
         (lambda path: path.write_bytes(os.urandom(100)), "cannot be read"),
-        (lambda path: sidecar(path).write_text('{"format": 99, "step": 1}'), "has format 99, expected 1 or 2"),
-        (lambda path: sidecar(path).write_text('{"step": 1}'), "has format None, expected 1 or 2"),
+        (lambda path: sidecar(path).write_text('{"format": 99, "step": 1}'), "has format 99, expected 1"),
+        (lambda path: sidecar(path).write_text('{"step": 1}'), "has format None, expected 1"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_naming_the_file(checkpoints, damage, message):
@@ -168,6 +169,59 @@ def test_a_damaged_checkpoint_is_refused_naming_the_file(checkpoints, damage, me
     with pytest.raises(CheckpointError, match=message) as error:
         read(path)
     assert str(path) in str(error.value)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_bit_is_noticed(checkpoints):
+    path = save(checkpoints, 1)
+    flip_a_bit(path)
+    with pytest.raises(CheckpointError, match="its checksum is not that of its sidecar"):
+        read(path)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_read(checkpoints):
+    path = save(checkpoints, 3)
+    meta = json.loads(sidecar(path).read_text())
+    del meta["sha256"]
+    sidecar(path).write_text(json.dumps(meta))
+    assert read(path)[1] == meta
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_damaged_checkpoints_are_passed_over_with_a_warning_for_the_newest_good_one(checkpoints, caplog, name):
+    paths = [save(checkpoints, step, best=True) for step in (1, 2, 3)]
+    checkpoints.keep_last = 9
+    paths += [save(checkpoints, 4, best=True)]
+    for path in paths[2:]:
+        flip_a_bit(path)
+    assert checkpoints.find(name) == paths[1]
+    assert [path.name in caplog.text for path in paths] == [False, False, True, True]
+    flip_a_bit(paths[1])
+    with pytest.raises(CheckpointError, match=r"all checkpoints in \S+ are damaged"):
+        checkpoints.find(name)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_checkpoint_holds_a_number_that_is_not_finite(checkpoints, value):
+    save(checkpoints, 1)
+    before = files(checkpoints)
+    with pytest.raises(RunError, match=r"step 2: model\.w holds NaN or infinity"):
+        checkpoints.save({"model.w": np.array([1, value], np.float32)}, {"step": 2})
+    assert files(checkpoints) == before
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(checkpoints):
+    save(checkpoints, 1), save(checkpoints, 2, best=True)
+    whole = files(checkpoints)
+    for name in (".step-00000003.safetensors.partial-7", ".last.partial-7", "step-00000003.json"):
+        (checkpoints.directory / name).write_text("")
+    checkpoint.remove_leftovers(checkpoints.directory)
+    assert files(checkpoints) == whole
 
 
 def test_a_sidecar_that_is_no_object_is_refused(checkpoints):

@@ -12,11 +12,13 @@ from tests.training.toys import tiny_transformer
 CONFIG = OptimizerConfig(name="adamw", lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
 SHAPES = {
     "layers.0.attention.to_q.weight": (3, 4),
+    "layers.0.feed_forward.to_out.weight": (5, 2),
+    "layers.1.attention.to_q.weight": (3, 4),
     "token_emb.embedding_table": (5, 4),
     "norm.gamma": (1, 4),
     "some.bias": (4,),
 }
-DECAYED = {"layers.0.attention.to_q.weight"}
+DECAYED = {name for name in SHAPES if name.startswith("layers.")}
 RATES = [0.05, 0.05, 0.02, 0.1, 0.01]
 RNG = np.random.default_rng(0)
 START = {name: RNG.uniform(0.5, 1, shape) for name, shape in SHAPES.items()}
@@ -77,9 +79,9 @@ def test_muon_orthogonalises_momentum_of_hidden_matrices_and_leaves_the_rest_to_
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5)])
 def test_the_directions_of_muon_have_singular_values_near_one_whatever_the_gradient(shape):
     optimizer = build_optimizer(replace(CONFIG, name="muon"), ParameterTuple([Parameter(Tensor([1.0]), name="bias")]))
-    gradient = np.random.default_rng(1).standard_normal(shape) * np.logspace(0, -1, shape[1])
-    direction = optimizer.orthogonalise(Tensor(gradient * 1e-3, ms.float32)).asnumpy()
-    singular = np.linalg.svd(direction, compute_uv=False)
+    gradients = np.random.default_rng(1).standard_normal((2, *shape)) * np.logspace(0, -1, shape[1])
+    gradients /= np.linalg.norm(gradients, axis=(1, 2), keepdims=True)
+    singular = np.linalg.svd(optimizer.orthogonalise(Tensor(gradients, ms.float32)).asnumpy(), compute_uv=False)
     assert singular.min() > 0.6 and singular.max() < 1.3
 
 
