@@ -1,4 +1,4 @@
-"""Generation with a key/value cache: one compiled graph a token, and one for the chunks of a prompt."""
+"""Generation with a key/value cache: one compiled graph draws up to 16 tokens, another takes a prompt in chunks."""
 
 import warnings
 from contextlib import contextmanager
@@ -311,6 +311,8 @@ class Decoder(Context):
         mha = model.layers[0].attention
         self.attention, self.rows, self.d = mha.attention, batch * mha.heads, mha.dim_head
         self.scale = score_scale(mha)
+        if self.attention.use_xpos:  # over a longer chunk its decay, 3.5 ** (chunk / base), would leave float32's range
+            chunk = max(1, min(chunk, int(55 * self.attention.rel_pos.scale_base)))
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
         self.size = keys_seen(mha.attention)
         shape = (self.rows * (self.size + 1), self.d)

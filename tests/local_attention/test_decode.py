@@ -120,6 +120,13 @@ def test_chunks_equal_the_full_pass_in_both_modes(mode):
     assert set(decoder.steps) == {1, 4}
 
 
+def test_a_chunk_is_never_longer_than_the_decay_of_xpos_allows():
+    model = transformer(use_xpos=True, use_abs_pos_emb=False, local_attn_window_size=2)  # with a base of 1
+    decoder, x = Decoder(model), texts(1, 300)
+    np.testing.assert_allclose(decoder.feed(x), run(model, x), atol=1e-4)
+    assert len(decoder.steps) == 1 and decoder.chunk == 55
+
+
 def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
     decoder = Decoder(transformer(), chunk=4, chunk_from=6)
     decoder.feed(texts(1, 5))
