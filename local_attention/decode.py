@@ -311,7 +311,8 @@ class Decoder(Context):
         mha = model.layers[0].attention
         self.attention, self.rows, self.d = mha.attention, batch * mha.heads, mha.dim_head
         self.scale = score_scale(mha)
-        if self.attention.use_xpos:  # over a longer chunk its decay, 3.5 ** (chunk / base), would leave float32's range
+        if self.attention.rel_pos is not None and self.attention.use_xpos:
+            # over a longer chunk the decay, 3.5 ** (chunk / base), would leave float32's range
             chunk = max(1, min(chunk, int(55 * self.attention.rel_pos.scale_base)))
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
         self.size = keys_seen(mha.attention)

@@ -28,9 +28,9 @@ def assert_all_whole(run_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(commands):
-    result = commands.train("runs/quick", *QUICK)
+    result = commands.train("runs/short", *QUICK)
     assert result.returncode == 0, result.stderr
-    return commands.folder / "runs/quick"
+    return commands.folder / "runs/short"
 
 
 def test_a_file_that_cannot_grow_ends_the_run_with_one_line_and_keeps_what_was_complete(commands, undisturbed):
