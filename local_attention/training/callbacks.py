@@ -62,9 +62,9 @@ class Advance(Callback):
         state.skipped_in_a_row += 1
         what = f"loss {self.bpb:.4g} bpb, gradient norm {self.grad_norm:.4g}"
         log.warning(f"step {state.step:>6,}  skipped: {what}")
-        if state.skipped_in_a_row == limit:
+        if state.skipped_in_a_row >= limit:
             state.failure = (
-                f"step {state.step:,}: {what}, and so the last {limit} steps were skipped; lower optimizer.lr or "
+                f"step {state.step:,}: {what}, and so the last {state.skipped_in_a_row} steps were skipped; lower optimizer.lr or "
                 "train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
             )
 
