@@ -64,8 +64,8 @@ class Advance(Callback):
         log.warning(f"step {state.step:>6,}  skipped: {what}")
         if state.skipped_in_a_row >= limit:
             state.failure = (
-                f"step {state.step:,}: {what}, and so the last {state.skipped_in_a_row} steps were skipped; "
-                "lower optimizer.lr or train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
+                f"step {state.step:,}: {what}, and so the last {state.skipped_in_a_row} steps were skipped; lower "
+                "optimizer.lr or train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
             )
 
 
