@@ -56,6 +56,7 @@ def test_a_file_that_cannot_grow_ends_the_run_with_one_line_and_keeps_what_was_c
     assert commands.train("runs/full", *QUICK, "train.max_steps=14").returncode == 0
 
 
+# As root, which CI is, permissions stop nobody; Linux has a folder that stops root, too.
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a directory in which nobody may write: /sys")
 def test_a_directory_that_cannot_be_written_is_named_at_once(commands):
     place = "/sys/runs" if os.geteuid() == 0 else "/runs"
