@@ -12,6 +12,7 @@ def main(composed):
     from hydra.core.hydra_config import HydraConfig
 
     import data
+    from local_attention.dropout import count_calls
     from local_attention.training import callbacks, checkpoint, closing, errors, profile, run_dir, run_log, signals
     from local_attention.training.build import build_model
     from local_attention.training.crops import crop_dataset
@@ -42,6 +43,7 @@ def main(composed):
         run_dir.check_same_run(config, corpus, meta)
         checkpoint.restore(tensors, model, optimizer)
         state.load(meta)
+        count_calls(model, state.step * train.grad_accum_every)
 
     # From here on the run directory is written.
     run_dir.create(place.run_dir, config)

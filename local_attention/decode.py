@@ -54,11 +54,12 @@ class CachedStep(nn.Cell):
         self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, tokens, positions, slots, bias, turn_query, turn_key, distances, decay):
-        """One step; the arguments but ``tokens`` as :meth:`Decoder.inputs` gives them, of one step.
+    def construct(self, tokens, before, positions, slots, bias, turn_query, turn_key, distances, decay):
+        """One step; the arguments from ``positions`` on as :meth:`Decoder.inputs` gives them, of one step.
 
         Args:
             tokens: ``(b * count,)`` int32.
+            before: ``(b, max_ngram - 1)`` int32, 1 + the tokens before these, for n-grams; 0 where there is none.
             positions: ``(count,)`` int32, for learned positions.
             slots: ``(b * heads * count,)`` int32, the rows of the rings that take the new keys and values.
             bias: ``(1, count, span)`` float32, 0 for the keys that a token sees, hugely negative for the others. The
@@ -72,6 +73,8 @@ class CachedStep(nn.Cell):
             ``(b, count, num_tokens)``.
         """
         x = self.model.token_emb(tokens)
+        if self.model.ngram_emb is not None:
+            x = x + self.model.ngram_emb.embed(ops.cat((before, 1 + tokens.reshape((self.batch, -1))), 1))
         if self.model.use_abs_pos_emb:
             x = x + ops.cat((self.model.pos_emb(positions),) * self.batch, 0)
         if self.model.dynamic_pos_bias is not None:
@@ -143,13 +146,14 @@ class CachedLoop(nn.Cell):
         self.drawn = output("drawn", (burst, step.batch), np.int32)
         self.logits = output("logits", (burst, step.batch, num_tokens), np.float32)
 
-    def construct(self, count, given, continued, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
+    def construct(self, count, given, continued, before, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
         """Feed ``count`` tokens a row, and draw one after each.
 
         Args:
             count: () int32, at most ``burst``.
             given: ``(burst, b)`` int32, the tokens to feed; 0 for those drawn just before.
             continued: ``(burst, b)`` int32, 1 for those.
+            before: see :class:`CachedStep`.
             uniforms: ``(burst, b, 1)`` float32, a random number from [0, 1) for each token to draw.
             inverse_temperature, rank_bias, top_p: see :class:`Sampler`.
             inputs: those of the steps, each with an axis of steps in front.
@@ -164,7 +168,9 @@ class CachedLoop(nn.Cell):
             for stacked in inputs:
                 of_step = of_step + (ops.gather(stacked, i, 0),)
             tokens = ops.gather(given, i, 0) + ops.gather(continued, i, 0) * drawn
-            logits = self.step(tokens, *of_step)
+            logits = self.step(tokens, before, *of_step)
+            if self.step.model.ngram_emb is not None:
+                before = ops.cat((before, 1 + tokens.reshape((-1, 1))), 1)[:, 1:]
             drawn = self.sampler(logits[:, 0], ops.gather(uniforms, i, 0), inverse_temperature, rank_bias, top_p)
             self.write(self.drawn, i.reshape(1), drawn.reshape((1, -1)))
             self.write(self.logits, i.reshape(1), logits.reshape((1, self.step.batch, -1)))
@@ -206,13 +212,14 @@ class Context:
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
         self.model, self.batch = model, batch
         self.limit = model.max_seq_len if model.use_abs_pos_emb else None
+        self.before = 0 if model.ngram_emb is None else model.ngram_emb.before  # tokens that a token's n-grams need
         self.reset()
 
     def reset(self):
         """Forget the context."""
         self.length = 0  # tokens fed
         self.position = 0  # those of them that count
-        self.newest = np.zeros((self.batch, 0), np.int32)  # what it takes to start again
+        self.newest = np.zeros((self.batch, 0), np.int32)  # what it takes to start again, and for n-grams
 
     def feed(self, tokens):
         """Append tokens to the context and return the logits of those that come after each of them.
@@ -269,8 +276,8 @@ class Context:
         """Note that these were fed."""
         self.length += tokens.shape[1]
         self.position += tokens.shape[1]
-        if self.limit is not None:
-            self.newest = np.concatenate([self.newest, tokens], 1)
+        newest = np.concatenate([self.newest, tokens], 1)
+        self.newest = newest[:, max(0, newest.shape[1] - (self.limit or self.before)) :]
 
 
 @contextmanager
@@ -334,26 +341,36 @@ class Decoder(Context):
         """The logits after each of ``tokens: (b, n)``, ``(b, n, num_tokens)``."""
         in_chunks = tokens.shape[1] >= self.chunk_from and self.chunk > 1 and not self.global_steps
         count, take = (self.chunk, self.take_chunk) if in_chunks else (self.burst, self.take_one_by_one)
-        starts = range(0, tokens.shape[1], count)
-        return np.concatenate([take(tokens[:, i : i + count], self.position + i) for i in starts], 1)
+        logits = []
+        for i in range(0, tokens.shape[1], count):
+            before = self.numbers_before(tokens[:, :i])
+            logits.append(take(tokens[:, i : i + count], before, self.position + i))
+        return np.concatenate(logits, 1)
 
-    def take_chunk(self, tokens, position):
+    def numbers_before(self, tokens):
+        """What :class:`NgramEmbedding` is to know of the text and ``tokens: (b, n)`` behind it, ``(b, before)``."""
+        numbers = 1 + np.concatenate([self.newest, tokens], 1)
+        numbers = np.pad(numbers, ((0, 0), (max(1, self.before), 0)))
+        return numbers[:, -max(1, self.before) :].astype(np.int32)
+
+    def take_chunk(self, tokens, before, position):
         if self.chunk not in self.steps:
             self.steps[self.chunk] = self.new_step(self.chunk)
             use_phase_of_decoding(self.steps[self.chunk])
         inputs = [array[0] for array in self.inputs(position, 1, self.chunk, tokens.shape[1])]
         filled = np.pad(tokens, ((0, 0), (0, self.chunk - tokens.shape[1])))
-        logits = self.steps[self.chunk](Tensor(filled.reshape(-1)), *map(Tensor, inputs))
+        logits = self.steps[self.chunk](*map(Tensor, (filled.reshape(-1), before, *inputs)))
         return logits.asnumpy()[:, : tokens.shape[1]]
 
-    def take_one_by_one(self, tokens, position):
-        return self.run_loop(tokens, np.zeros(tokens.shape), self.likeliest, position)[1]
+    def take_one_by_one(self, tokens, before, position):
+        return self.run_loop(tokens, np.zeros(tokens.shape), self.likeliest, before, position)[1]
 
     def draw_some(self, tokens, uniforms, rule):
         """Feed ``tokens: (b,)`` and draw as many as a burst allows, see :meth:`draw`."""
-        return self.run_loop(tokens[:, None], uniforms[:, : self.burst], rule, self.position)[0]
+        before = self.numbers_before(tokens[:, None][:, :0])
+        return self.run_loop(tokens[:, None], uniforms[:, : self.burst], rule, before, self.position)[0]
 
-    def run_loop(self, tokens, uniforms, rule, position):
+    def run_loop(self, tokens, uniforms, rule, before, position):
         """Feed ``tokens: (b, n)`` and then what is drawn, until one is drawn for each of ``uniforms: (b, m)``.
 
         Returns:
@@ -371,6 +388,7 @@ class Decoder(Context):
             np.array(count, np.int32),
             filled(tokens, np.int32),
             continued.astype(np.int32),
+            before,
             filled(uniforms, np.float32)[..., None],
             *rule,
         )

@@ -12,17 +12,12 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
+from local_attention.dropout import dropout_cell
+
 
 def dense(dim_in, dim_out):
     """A linear layer without bias, its weight ``(dim_out, dim_in)`` uniform in ``±dim_in ** -0.5`` as in PyTorch."""
     return nn.Dense(dim_in, dim_out, weight_init=HeUniform(math.sqrt(5)), has_bias=False)
-
-
-def dropout_cell(share):
-    """``nn.Dropout`` for a share above 0, else None; raises ``ValueError`` for one outside 0 … 1."""
-    if not 0 <= share < 1:
-        raise ValueError(f"expected a dropout from 0 to below 1, got {share}")
-    return nn.Dropout(p=share) if share else None
 
 
 class AddBias(nn.Cell):

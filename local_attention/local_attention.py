@@ -6,7 +6,8 @@ from mindspore.ops import constexpr
 
 from local_attention.attend import Attend, AttendWithDropout
 from local_attention.bias import key_bias, window_bias
-from local_attention.layers import L2Norm, dropout_cell
+from local_attention.dropout import dropout_cell
+from local_attention.layers import L2Norm
 from local_attention.rotary import SinusoidalEmbeddings
 from local_attention.windows import HIDDEN, additive_mask, look_around, window_layout
 
@@ -128,7 +129,7 @@ class LocalAttention(nn.Cell):
             middle = block * (after + 1 - before) / 2
             q, k = self.rel_pos.decay_queries(q, middle), self.rel_pos.decay_keys(k, -before * block, middle)
         if self.dropout is not None and self.training:
-            out = self.attend_with_dropout(q, k, v, bias, self.dropout(ops.ones_like(bias)))
+            out = self.attend_with_dropout(q, k, v, bias, self.dropout.mask(bias.shape))
         else:
             out = self.attend(q, k, v, bias)
         if not (mask is None and input_mask is None and attn_bias is None):  # else every query sees itself

@@ -14,6 +14,7 @@ from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
 from local_attention.local_attention import LocalAttention
+from local_attention.ngram import NgramEmbedding
 from local_attention.position_bias import DynamicPositionBias
 
 
@@ -209,6 +210,10 @@ class LocalTransformer(nn.Cell):
             original's default is 4.)
         use_abs_pos_emb: learned absolute positions. False: rotary ones or bias only, and no limit on the length.
         use_rotary_pos_emb: False: no rotary embeddings.
+        max_ngram: above 1, an embedding of each n-gram of 2 to so many tokens is added to that of the token it ends
+            with, see :class:`NgramEmbedding`. (Not in the original.)
+        ngram_buckets: embeddings for each length of n-gram, whose n-grams share them.
+        ngram_dim: channels of these embeddings, which a linear layer maps to ``dim``.
         mha_kwargs: further arguments of :class:`LocalMHA` and :class:`LocalAttention`, such as ``look_backward``.
 
     Raises:
@@ -239,11 +244,19 @@ class LocalTransformer(nn.Cell):
         num_residual_streams=1,
         use_abs_pos_emb=True,
         use_rotary_pos_emb=True,
+        max_ngram=1,
+        ngram_buckets=65521,
+        ngram_dim=48,
         **mha_kwargs,
     ):
         super().__init__()
         require_positive(
-            max_seq_len=max_seq_len, dim=dim, depth=depth, ff_mult=ff_mult, num_residual_streams=num_residual_streams
+            max_seq_len=max_seq_len,
+            dim=dim,
+            depth=depth,
+            ff_mult=ff_mult,
+            num_residual_streams=num_residual_streams,
+            max_ngram=max_ngram,
         )
         inserted = layers_to_insert(global_attn_layer, layers_insert_global_attn, depth)
         self.num_tokens, self.max_seq_len, self.dim, self.ignore_index = num_tokens, max_seq_len, dim, ignore_index
@@ -270,8 +283,11 @@ class LocalTransformer(nn.Cell):
 
         self.layers = nn.CellList([layer(number) for number in range(1, depth + 1)])
         self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), heads) if use_dynamic_pos_bias else None
+        self.ngram_emb = None
         if num_tokens is not None:
             require_positive(num_tokens=num_tokens)
+            if max_ngram > 1:
+                self.ngram_emb = NgramEmbedding(max_ngram, ngram_buckets, ngram_dim, dim)
             self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(0.02))
             if use_abs_pos_emb:
                 self.pos_emb = nn.Embedding(max_seq_len, dim, embedding_table=Normal(0.02))
@@ -382,7 +398,7 @@ class LocalTransformer(nn.Cell):
     def hidden(self, x, mask=None):
         """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""
         if self.num_tokens is not None:
-            x = self.embed(x)
+            x = self.embed(x, mask)
         b, n, dim = x.shape
         x = expand_streams(x.reshape((b * n, dim)), self.streams)
         attn_bias = self.position_bias()
@@ -398,10 +414,12 @@ class LocalTransformer(nn.Cell):
         window, before = attention.window_size, attention.look_backward * attention.window_size
         return self.dynamic_pos_bias(window, before + (1 + attention.look_forward) * window, before)
 
-    def embed(self, tokens):
-        """``(b, n) -> (b, n, dim)``: token embedding plus, with ``use_abs_pos_emb``, that of the position."""
+    def embed(self, tokens, mask=None):
+        """``(b, n) -> (b, n, dim)``: token embedding plus, if there are any, those of n-grams and of the position."""
         b, n = tokens.shape
         x = self.token_emb(tokens)
+        if self.ngram_emb is not None:
+            x = x + self.ngram_emb(tokens, mask).reshape(x.shape)
         if self.use_abs_pos_emb:
             _check_length(n, self.max_seq_len)
             positions = self.pos_emb.embedding_table[:n].reshape((1, n, self.dim))

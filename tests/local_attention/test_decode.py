@@ -35,6 +35,7 @@ def assert_cached_equals_full(model, x, batch):
     np.testing.assert_allclose(fed(Decoder(model, batch), x), run(model, x), atol=1e-4)
 
 
+NGRAMS = dict(max_ngram=4, ngram_buckets=97, ngram_dim=3)
 CONFIGURATIONS = {
     "exact": dict(depth=2),
     "whole windows": dict(exact_windowsize=False),
@@ -57,6 +58,8 @@ CONFIGURATIONS = {
     "shared, whole windows": dict(shared_qk=True, exact_windowsize=False, look_backward=0),
     "gated values": dict(gate_values_per_head=True),
     "hyper-connections": dict(num_residual_streams=3, depth=2),
+    "n-grams": dict(use_abs_pos_emb=False, **NGRAMS),
+    "bigrams and learned positions": dict(max_ngram=2, ngram_buckets=50, ngram_dim=5),
     "much at once": dict(
         use_xpos=True, qk_rmsnorm=True, shared_qk=True, gate_values_per_head=True, num_residual_streams=2, depth=2
     ),
@@ -91,6 +94,9 @@ def test_cached_logits_equal_the_full_pass_in_both_modes(mode):
             shared_qk=st.booleans(),
             gate_values_per_head=st.booleans(),
             num_residual_streams=st.integers(1, 3),
+            max_ngram=st.integers(1, 4),
+            ngram_buckets=st.integers(2, 50),
+            ngram_dim=st.integers(1, 3),
         )
     ),
     batch=st.integers(1, 3),
@@ -139,7 +145,7 @@ def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
 @given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=3))
 @examples(6)
 def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(limit, pieces):
-    model = transformer(max_seq_len=limit)
+    model = transformer(max_seq_len=limit, **NGRAMS)
     cached, full = Decoder(model, chunk=3, chunk_from=2), UncachedContext(model, 1)
     for piece in pieces:
         x = texts(1, piece, seed=piece)
@@ -243,7 +249,7 @@ def test_two_decoders_of_one_model_do_not_disturb_each_other():
 
 
 def test_after_a_reset_nothing_of_the_former_context_is_left():
-    model = transformer()
+    model = transformer(**NGRAMS)
     decoder = Decoder(model)
     fed(decoder, texts(1, 7))
     decoder.reset()
@@ -399,7 +405,7 @@ def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
     assert first == [int(t) for (t,) in generate_tokens(decoder, [1, 2], 13, seed=3)]
 
 
-@pytest.mark.parametrize("options", [{}, dict(max_seq_len=7), dict(use_abs_pos_emb=False)])
+@pytest.mark.parametrize("options", [NGRAMS, dict(max_seq_len=7, **NGRAMS), dict(use_abs_pos_emb=False)])
 def test_bursts_draw_what_one_token_at_a_time_would(options):
     model, all_drawn = transformer(seed=1, **options), []
     for context in (Decoder(model, 2, burst=1), Decoder(model, 2, burst=5), UncachedContext(model, 2)):
@@ -432,7 +438,7 @@ def test_an_empty_prompt_is_refused():
 # LocalTransformer(cache=, return_cache=)
 
 
-@pytest.mark.parametrize("options", [{}, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))])
+@pytest.mark.parametrize("options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))])
 def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
     model, x = transformer(**options), texts(2, 12)
     wanted = run(model, x)

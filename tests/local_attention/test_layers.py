@@ -11,7 +11,6 @@ from local_attention.layers import (
     LayerNorm,
     Standardise,
     dense,
-    dropout_cell,
 )
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, parameters, randomise, run, tensor, value_and_gradients
@@ -168,9 +167,3 @@ def test_feed_forward_drops_a_share_of_its_inner_layer_in_training_only(rng):
     assert 0.19 < zero.mean() < 0.31
     np.testing.assert_allclose(dropped[~zero], inner[~zero] / 0.75, rtol=1e-5)
     assert (run(cell, x) != dropped).any()
-
-
-@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
-def test_a_share_to_drop_outside_0_to_1_is_refused(share):
-    with pytest.raises(ValueError, match=f"from 0 to below 1, got {share}"):
-        dropout_cell(share)

@@ -181,3 +181,12 @@ def test_a_compiled_step_takes_the_crops_of_its_config_without_compiling_again(c
     step(Tensor(TOY_CROPS, ms.int32))
     assert step.compile_cache == compiled
     assert step.training
+
+
+def test_dropout_is_called_once_a_micro_batch_as_a_continued_run_counts():
+    model = tiny_transformer(ff_dropout=0.5, attn_dropout=0.5)
+    step = sgd_step(model, 4, clip_norm=0.5)
+    for _ in range(3):
+        take(step, CROPS)
+    calls = [parameter for parameter in model.get_parameters() if parameter.name.endswith("calls")]
+    assert [int(parameter.asnumpy()) for parameter in calls] == [12, 12]

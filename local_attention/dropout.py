@@ -1,0 +1,80 @@
+"""Dropout whose masks are a function of a seed and a count, so that a run that was interrupted goes on with them."""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from local_attention.constants import shared_constant
+
+
+def dropout_cell(share):
+    """A :class:`Dropout` for a share above 0, else None; raises ``ValueError`` for one outside 0 … 1."""
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a dropout from 0 to below 1, got {share}")
+    return Dropout(share) if share else None
+
+
+class Dropout(nn.Cell):
+    """In training 0 for a share of the elements and ``1 / (1 - share)`` times the others, as Srivastava et al. 2014.
+
+    MindSpore's kernels draw from a generator whose state cannot be read or set. Here element ``(r, c)`` is dropped
+    where the fraction of ``a_r · b_c`` is below the share, ``a`` and ``b`` being hashes of the seed, the number of the
+    call and the row or column: one product, where a hash of every element would take six times as long.
+
+    Args:
+        share: above 0, below 1.
+    """
+
+    def __init__(self, share):
+        super().__init__()
+        self.kept, self.scale = 1 - share, 1 / (1 - share)
+        self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # as mindspore.set_seed says
+        self.calls = Parameter(Tensor(0, ms.int32), name="calls", requires_grad=False)
+        self.matmul, self.floor = ops.MatMul(), ops.Floor()
+        self.xor, self.bits, self.shift = ops.BitwiseXor(), ops.BitwiseAnd(), ops.RightShift()
+
+    def construct(self, x):
+        """``x: (..., d)``, at least two axes."""
+        return x * self.mask(x.shape) if self.training else x
+
+    def mask(self, shape):
+        """What to multiply the next tensor of a shape by: 0 or ``1 / (1 - share)``."""
+        rows, columns = _rows_and_columns(shape)
+        key = self.hash(self.seed + ops.assign_add(self.calls, Tensor(1, ms.int32)))
+        numbers = self.bits(self.hash(count_up(4 * (rows + columns)) + key), Tensor(2**23 - 1, ms.int32))
+        numbers = numbers.astype(ms.float32) * 2.0**-23
+        a, b = numbers[: 4 * rows].reshape((rows, 4)) * 256, numbers[4 * rows :].reshape((4, columns))
+        products = self.matmul(a, b)
+        kept = self.floor(products - self.floor(products) + self.kept)
+        return ops.stop_gradient(kept * self.scale).reshape(shape)
+
+    def hash(self, x):
+        """Of ``x: (n,)`` int32, as good as random: the mixing of MurmurHash3, with other constants (Wellons 2018)."""
+        x = self.fold(x, 16) * Tensor(0x7FEB352D, ms.int32)
+        x = self.fold(x, 15) * Tensor(0x846CA68B - 2**32, ms.int32)
+        return self.fold(x, 16)
+
+    def fold(self, x, count):
+        """``x ^ (x >> count)`` of the bits without a sign."""
+        upper = self.bits(self.shift(x, Tensor(count, ms.int32)), Tensor(2 ** (32 - count) - 1, ms.int32))
+        return self.xor(x, upper)
+
+
+@constexpr
+def _rows_and_columns(shape):
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@shared_constant
+def count_up(count):
+    return np.arange(count, dtype=np.int32)
+
+
+def count_calls(model, calls):
+    """Let all :class:`Dropout` of a model go on as after so many calls."""
+    for _, cell in model.cells_and_names():
+        if isinstance(cell, Dropout):
+            cell.calls.set_data(Tensor(calls, ms.int32))
