@@ -16,7 +16,8 @@ def torch_state(model):
     Without learned absolute positions, which the original always has, they are zeros.
 
     Raises:
-        ValueError: for a model without rotary embeddings and without dynamic bias, which the original cannot be.
+        ValueError: for a model without rotary embeddings and without dynamic bias, or with n-grams, which the original
+            cannot be.
     """
     require_original(model)
     parameters = arrays(model)
@@ -56,6 +57,8 @@ def load_torch_state(model, state):
 def require_original(model):
     if model.dynamic_pos_bias is None and model.layers[0].attention.attention.rel_pos is None:
         raise ValueError("the original has no model with use_rotary_pos_emb=False but without use_dynamic_pos_bias")
+    if model.ngram_emb is not None:
+        raise ValueError("the original has no embeddings of n-grams: max_ngram is above 1")
 
 
 def arrays(model):

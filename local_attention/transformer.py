@@ -218,7 +218,8 @@ class LocalTransformer(nn.Cell):
 
     Raises:
         ValueError: for sizes that are no positive numbers; for layers to insert that do not exist, or without a
-            cell to insert; and as :class:`LocalMHA`.
+            cell to insert; for ``max_ngram`` without ``num_tokens``; and as :class:`LocalMHA` and
+            :class:`NgramEmbedding`.
     """
 
     def __init__(
@@ -284,6 +285,8 @@ class LocalTransformer(nn.Cell):
         self.layers = nn.CellList([layer(number) for number in range(1, depth + 1)])
         self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), heads) if use_dynamic_pos_bias else None
         self.ngram_emb = None
+        if num_tokens is None and max_ngram > 1:
+            raise ValueError(f"expected num_tokens with max_ngram = {max_ngram}, got None")
         if num_tokens is not None:
             require_positive(num_tokens=num_tokens)
             if max_ngram > 1:

@@ -46,5 +46,8 @@ def original_arguments(config):
             f"model.look_backward={config.look_backward} with model.use_dynamic_pos_bias=true: the original's bias is "
             "for one window back and no other number"
         )
-    ours_alone = {"scale", "use_rotary_pos_emb", "use_abs_pos_emb"}  # without these positions, the original's are zeros
+    if config.max_ngram > 1:
+        raise UsageError(f"model.max_ngram={config.max_ngram}: the original has no embeddings of n-grams")
+    ours_alone = {"scale", "use_rotary_pos_emb", "max_ngram", "ngram_buckets", "ngram_dim"}
+    ours_alone |= {"use_abs_pos_emb"}  # without these positions, the original's are zeros
     return {key: value for key, value in as_dict(config).items() if key not in ours_alone}

@@ -49,6 +49,9 @@ class ModelConfig:
     qk_scale: float = 8.0
     shared_qk: bool = False
     gate_values_per_head: bool = False
+    max_ngram: int = 1
+    ngram_buckets: int = 65521
+    ngram_dim: int = 48
 
 
 @dataclass
@@ -196,7 +199,8 @@ MODEL_RANGES = {
     "model.ff_dropout": BELOW_1,
     "model.local_attn_window_size": POSITIVE,
     "model.look_backward": NOT_NEGATIVE,
-    **{f"model.{key}": POSITIVE for key in ("xpos_scale_base", "scale", "qk_scale")},
+    **{f"model.{key}": POSITIVE for key in ("xpos_scale_base", "scale", "qk_scale", "max_ngram", "ngram_dim")},
+    "model.ngram_buckets": between(2, 2**18),
 }
 RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},

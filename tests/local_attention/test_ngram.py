@@ -108,8 +108,9 @@ def test_each_size_reaches_the_parameters():
         (dict(ngram_buckets=1), "ngram_buckets from 2 to 262144, got 1"),
         (dict(ngram_buckets=2**18 + 1), "ngram_buckets from 2 to 262144, got 262145"),
         (dict(ngram_dim=0), "ngram_dim >= 1, got 0"),
+        (dict(num_tokens=None), "num_tokens with max_ngram = 2"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LocalTransformer(**SIZES, **dict(max_ngram=2) | options)
+        LocalTransformer(**SIZES | dict(max_ngram=2) | options)

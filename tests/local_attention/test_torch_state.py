@@ -96,6 +96,13 @@ def test_a_model_without_any_relative_positions_has_no_counterpart():
     assert torch_state(model(use_rotary_pos_emb=False, use_dynamic_pos_bias=True))
 
 
+def test_a_model_with_n_grams_has_no_counterpart():
+    cell = model(max_ngram=2, ngram_buckets=11)
+    for call in (lambda: torch_state(cell), lambda: load_torch_state(cell, {})):
+        with pytest.raises(ValueError, match="no embeddings of n-grams"):
+            call()
+
+
 # Refusals
 
 

@@ -79,6 +79,8 @@ MODEL = {
     **{f"model.{key}": BELOW_1 for key in ("attn_dropout", "ff_dropout")},
     **{f"model.{key}": NUMBER for key in ("scale", "qk_scale")},
     "model.xpos_scale_base": (NUMBER[0], [None]),
+    **{f"model.{key}": COUNT for key in ("max_ngram", "ngram_dim")},
+    "model.ngram_buckets": ([1, 0, 2**18 + 1], [2, 2**18]),
 }
 EDGES = {
     "train": {
