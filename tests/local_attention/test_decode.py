@@ -438,7 +438,9 @@ def test_an_empty_prompt_is_refused():
 # LocalTransformer(cache=, return_cache=)
 
 
-@pytest.mark.parametrize("options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))])
+@pytest.mark.parametrize(
+    "options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))]
+)
 def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
     model, x = transformer(**options), texts(2, 12)
     wanted = run(model, x)
