@@ -13,9 +13,7 @@ reaches: each token needs every weight once. PyTorch is measured where the parit
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from local_attention.training.device import peak_memory_bytes
+from scripts.benchmarking import Worker, elapsed, work
 
 PROMPT = 300  # more than a window
 GROUP = 16  # tokens timed together: this project draws as many in one call of its graph
@@ -52,12 +50,6 @@ def weight_bytes(arguments):
 
 def prompt():
     return np.random.default_rng(0).integers(0, 256, PROMPT)
-
-
-def elapsed(function):
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
 
 
 def token_times(token, count):
@@ -116,30 +108,6 @@ def floor(arguments):
         yield token_times(lambda: matrix @ vector, min(arguments.tokens, 512))
 
 
-class Worker:
-    """One of the three in a process of its own, which computes a round for each line that it is sent."""
-
-    def __init__(self, name):
-        command = [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def round(self):
-        """``{"seconds": [one a token], "memory": peak bytes of the process}``."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("error: a measured process ended, see above")
-        return json.loads(line)
-
-
-def work(name, arguments):
-    rounds = {"floor": floor, "ours": ours, "original": original}[name](arguments)
-    for _ in sys.stdin:
-        seconds = next(rounds)
-        print(json.dumps({"seconds": seconds, "memory": peak_memory_bytes()}), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
@@ -157,7 +125,7 @@ def main():
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return work(arguments.worker, arguments)
+        return work({"floor": floor, "ours": ours, "original": original}[arguments.worker](arguments))
 
     names = [name for name in NAMES if name != "original" or find_spec("torch")]
     workers = {name: Worker(name) for name in names}
@@ -167,7 +135,7 @@ def main():
         for name, worker in workers.items():
             rounds[name].append(worker.round())
 
-    seconds = {name: np.array([r["seconds"] for r in found]) for name, found in rounds.items()}
+    seconds = {name: np.array([r["result"] for r in found]) for name, found in rounds.items()}
     least = np.median(seconds["floor"])
     figures = {"batch": arguments.batch, "weight_bytes": weight_bytes(arguments)}
     print(f"{'':28}ms a token (10% … 90%)   bytes/s   times the floor")
