@@ -74,7 +74,8 @@ class CachedStep(nn.Cell):
         """
         x = self.model.token_emb(tokens)
         if self.model.ngram_emb is not None:
-            x = x + self.model.ngram_emb.embed(ops.cat((before, 1 + tokens.reshape((self.batch, -1))), 1))
+            keys = self.model.ngram_emb.keys(ops.cat((before, 1 + tokens.reshape((self.batch, -1))), 1))
+            x = x + self.model.ngram_emb.combine(self.model.ngram_emb.look_up(keys))
         if self.model.use_abs_pos_emb:
             x = x + ops.cat((self.model.pos_emb(positions),) * self.batch, 0)
         if self.model.dynamic_pos_bias is not None:

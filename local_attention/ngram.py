@@ -1,8 +1,8 @@
 """Embeddings of the last few tokens together: what a text's common turns lead to, without a layer that learns it."""
 
 import mindspore as ms
-from mindspore import nn, ops
-from mindspore.common.initializer import Normal
+from mindspore import Parameter, nn, ops
+from mindspore.common.initializer import initializer
 
 from local_attention.layers import dense
 
@@ -15,7 +15,7 @@ class NgramEmbedding(nn.Cell):
     """For each token an embedding of the n-gram that it ends, for each ``n`` from 2 on, together mapped to ``dim``.
 
     An n-gram finds its embedding by a hash, which it may share with others (Pagnoni et al. 2024, arXiv 2412.09871,
-    section 3.2.1, there from 3 to 8).
+    section 3.2.1, there from 3 to 8). All are zero at first, so that one that was never trained changes nothing.
 
     Args:
         max_ngram: the largest ``n``, from 2.
@@ -33,38 +33,52 @@ class NgramEmbedding(nn.Cell):
             raise ValueError(f"expected ngram_buckets from 2 to {MOST_BUCKETS}, got {buckets}")
         if ngram_dim < 1:
             raise ValueError(f"expected ngram_dim >= 1, got {ngram_dim}")
-        self.before, self.buckets = max_ngram - 1, buckets
-        self.embeddings = nn.CellList(
-            [nn.Embedding(buckets, ngram_dim, embedding_table=Normal(0.02)) for _ in range(self.before)]
-        )
+        self.before, self.buckets, self.ngram_dim = max_ngram - 1, buckets, ngram_dim
+        rows = self.before * buckets
+        self.embedding_table = Parameter(initializer("zeros", (rows, ngram_dim), ms.float32), name="embedding_table")
         self.to_out = dense(self.before * ngram_dim, dim)
 
-    def construct(self, tokens, mask=None):
+    def construct(self, tokens, mask=None, rows=None):
         """Embed a text from its beginning.
 
         Args:
             tokens: ``(b, n)`` int32.
             mask: ``(b, n)`` booleans; tokens where it is False count as none.
+            rows: what :meth:`look_up` finds for :meth:`keys_of_text`, if that was looked up before.
 
         Returns:
             ``(b * n, dim)``.
         """
+        if rows is None:
+            rows = self.look_up(self.keys_of_text(tokens, mask))
+        return self.combine(rows)
+
+    def keys_of_text(self, tokens, mask=None):
+        """The arguments as :meth:`construct`'s; returns what :meth:`keys` does."""
         numbers = tokens + 1
         if mask is not None:
             numbers = numbers * mask.astype(ms.int32)
         none = ops.zeros((numbers.shape[0], self.before), ms.int32)
-        return self.embed(ops.cat((none, numbers), 1))
+        return self.keys(ops.cat((none, numbers), 1))
 
-    def embed(self, numbers):
-        """Embed the last ``n`` of ``numbers: (b, max_ngram - 1 + n)`` int32: 1 + token, 0 where there is none.
+    def keys(self, numbers):
+        """Which rows of the table belong to the last ``n`` of ``numbers: (b, max_ngram - 1 + n)``.
 
-        Returns:
-            ``(b * n, dim)``.
+        The numbers are int32: 1 + token, 0 where there is none. Returns ``(b * n * (max_ngram - 1),)``, those of one
+        token side by side.
         """
         length = numbers.shape[1] - self.before
-        keys, found = numbers[:, self.before :], ()
+        key, keys = numbers[:, self.before :], ()
         for i in range(self.before):
             begin = self.before - 1 - i
-            keys = ops.floor_mod(keys * FACTOR + numbers[:, begin : begin + length], self.buckets)
-            found = found + (self.embeddings[i](keys.reshape(-1)),)
-        return self.to_out(ops.cat(found, 1))
+            key = ops.floor_mod(key * FACTOR + numbers[:, begin : begin + length], self.buckets)
+            keys = keys + (key + i * self.buckets,)
+        return ops.stack(keys, -1).reshape(-1)
+
+    def look_up(self, keys):
+        """``(rows,) -> (rows, ngram_dim)``."""
+        return ops.gather(self.embedding_table, keys, 0)
+
+    def combine(self, rows):
+        """``(b * n * (max_ngram - 1), ngram_dim) -> (b * n, dim)``."""
+        return self.to_out(rows.reshape((-1, self.before * self.ngram_dim)))

@@ -298,7 +298,7 @@ class LocalTransformer(nn.Cell):
             self.to_logits = dense(dim, num_tokens)
             self.cross_entropy = CrossEntropy()
 
-    def __call__(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
+    def __call__(self, x, mask=None, cache=None, return_loss=False, return_cache=False, ngram_rows=None):
         """Logits or loss.
 
         Args:
@@ -311,6 +311,8 @@ class LocalTransformer(nn.Cell):
             return_cache: return the logits and a cache. It may be used again and again; its size depends on the window,
                 not on the text. With learned positions the text starts again where they run out, as in
                 :meth:`generate`. Not inside another cell in graph mode.
+            ngram_rows: what ``ngram_emb.look_up`` finds for the tokens that are embedded, to take gradients of these
+                rows alone, which are few, instead of the whole table.
 
         Returns:
             ``(b, n, num_tokens)``, with ``cache`` for the tokens that have come since; with ``return_loss`` a scalar in
@@ -323,7 +325,7 @@ class LocalTransformer(nn.Cell):
                 :class:`decode.Decoder`.
         """
         if cache is None and not return_cache:
-            return super().__call__(x, mask, None, return_loss)
+            return super().__call__(x, mask, None, return_loss, False, ngram_rows)
         if mask is not None or return_loss:
             raise ValueError("expected no mask and no return_loss with a cache")
         tokens = x.asnumpy()
@@ -340,7 +342,7 @@ class LocalTransformer(nn.Cell):
         logits = ms.Tensor(decoder.feed(tokens))
         return (logits, decoder.snapshot()) if return_cache else logits
 
-    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False):
+    def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, ngram_rows=None):
         _check_no_cache(cache, return_cache)
         _check_input(x.shape, self.num_tokens, self.dim, return_loss)
         if return_loss:
@@ -348,8 +350,8 @@ class LocalTransformer(nn.Cell):
             if mask is not None:
                 mask = mask[:, :-1]
             counted = (labels != self.ignore_index).astype(ms.float32)
-            return (self.token_losses(x[:, :-1], labels, mask) * counted).sum() / counted.sum()
-        hidden = self.hidden(x, mask)
+            return (self.token_losses(x[:, :-1], labels, mask, ngram_rows) * counted).sum() / counted.sum()
+        hidden = self.hidden(x, mask, ngram_rows)
         if self.num_tokens is None:
             return hidden
         return self.logits(hidden).reshape(x.shape + (self.num_tokens,))
@@ -398,10 +400,10 @@ class LocalTransformer(nn.Cell):
         )
         return ms.Tensor(np.stack([np.zeros(len(prime), np.int32), *drawn], 1)[:, 1:])
 
-    def hidden(self, x, mask=None):
+    def hidden(self, x, mask=None, ngram_rows=None):
         """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""
         if self.num_tokens is not None:
-            x = self.embed(x, mask)
+            x = self.embed(x, mask, ngram_rows)
         b, n, dim = x.shape
         x = expand_streams(x.reshape((b * n, dim)), self.streams)
         attn_bias = self.position_bias()
@@ -417,12 +419,12 @@ class LocalTransformer(nn.Cell):
         window, before = attention.window_size, attention.look_backward * attention.window_size
         return self.dynamic_pos_bias(window, before + (1 + attention.look_forward) * window, before)
 
-    def embed(self, tokens, mask=None):
+    def embed(self, tokens, mask=None, ngram_rows=None):
         """``(b, n) -> (b, n, dim)``: token embedding plus, if there are any, those of n-grams and of the position."""
         b, n = tokens.shape
         x = self.token_emb(tokens)
         if self.ngram_emb is not None:
-            x = x + self.ngram_emb(tokens, mask).reshape(x.shape)
+            x = x + self.ngram_emb(tokens, mask, ngram_rows).reshape(x.shape)
         if self.use_abs_pos_emb:
             _check_length(n, self.max_seq_len)
             positions = self.pos_emb.embedding_table[:n].reshape((1, n, self.dim))
@@ -434,12 +436,12 @@ class LocalTransformer(nn.Cell):
         (logits,) = self.norm(hidden.reshape((-1, self.dim)), (self.to_logits.weight,))
         return logits
 
-    def token_losses(self, tokens, labels, mask=None):
+    def token_losses(self, tokens, labels, mask=None, ngram_rows=None):
         """The cross-entropy in nats of each label: ``tokens: (b, n)``, ``labels: (b * n,)``, returns ``(b * n,)``.
 
         A label of ``ignore_index`` gets a number without meaning.
         """
-        return self.cross_entropy(self.logits(self.hidden(tokens, mask)), ops.relu(labels))
+        return self.cross_entropy(self.logits(self.hidden(tokens, mask, ngram_rows)), ops.relu(labels))
 
 
 @constexpr

@@ -64,6 +64,7 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    ngram_lr: float = 0.1
     muon_lr: float = 0.02
     momentum: float = 0.95
 
@@ -217,6 +218,7 @@ RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     "optimizer.beta2": BELOW_1,
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.ngram_lr": POSITIVE,
     "optimizer.muon_lr": POSITIVE,
     "optimizer.momentum": BELOW_1,
     "schedule.name": one_of("constant", "cosine", "wsd"),

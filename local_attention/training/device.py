@@ -39,10 +39,11 @@ def estimated_bytes(model, train):
 
     Within 15% of the peaks measured on a CPU for dim 256 to 512, depth 4 to 6, 4096 to 16,384 bytes a micro-batch.
     """
-    parameters = sum(parameter.size for parameter in model.trainable_params())
+    table = 0 if model.ngram_emb is None else model.ngram_emb.embedding_table.size  # updated in place
+    parameters = sum(parameter.size for parameter in model.trainable_params()) - table
     copies = 4 + (train.grad_accum_every > 1)  # weight, gradient, two moments; sums of gradients
     activations = 55 * model.dim * len(model.layers) * train.batch_size * train.seq_len
-    return 300e6 + 4 * (copies * parameters + activations)
+    return 300e6 + 4 * (table + copies * parameters + activations)
 
 
 def warn_of_memory(model, train):

@@ -18,8 +18,10 @@ class LanguageModelLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
 
-    def construct(self, crops):
-        return self.model(crops, return_loss=True)
+    def construct(self, crops, ngram_rows=None):
+        if ngram_rows is None:
+            return self.model(crops, return_loss=True)
+        return self.model(crops, return_loss=True, ngram_rows=ngram_rows)
 
 
 class TrainStep(nn.TrainOneStepCell):
@@ -35,17 +37,21 @@ class TrainStep(nn.TrainOneStepCell):
         model: a ``LocalTransformer``.
         optimizer: an ``nn.Optimizer`` whose learning rate is a Parameter, set by :meth:`set_learning_rate`.
         grad_accum_every: micro-batches a step.
-        clip_norm: the gradient's global norm is scaled down to this where it is larger.
+        clip_norm: the gradient's global norm is scaled down to this where it is larger; without that of n-grams, whose
+            optimizer does not care for scale.
     """
 
     def __init__(self, model, optimizer, grad_accum_every, clip_norm):
         super().__init__(LanguageModelLoss(model), optimizer)
         self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
         self.can_skip, self.zero_for_nan = isinstance(optimizer, Adam), ops.NanToNum(0.0, 0.0, 0.0)
-        self.loss_and_gradients = ops.value_and_grad(self.network, None, self.weights)
+        self.ngram_emb, self.of_ngrams = getattr(model, "ngram_emb", None), getattr(optimizer, "of_ngrams", None)
+        of_rows = None if self.of_ngrams is None else 1
+        self.loss_and_gradients = ops.value_and_grad(self.network, of_rows, self.weights)
         if grad_accum_every > 1:
             self.loss_sum = Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
             self.gradient_sums = self.weights.clone("gradient_sum", init="zeros")
+            self.put = ops.TensorScatterUpdate()
 
     def set_learning_rate(self, learning_rate):
         """The rate of the next steps."""
@@ -53,10 +59,16 @@ class TrainStep(nn.TrainOneStepCell):
 
     def construct(self, crops):
         """``crops: (grad_accum_every, b, n + 1)`` int32. Returns loss in nats, unclipped norm, learning rate."""
-        if self.grad_accum_every == 1:
-            loss, gradients = self.loss_and_gradients(crops[0])
+        keys, rows = None, ops.zeros((self.grad_accum_every, 1, 1), ms.float32)
+        if self.of_ngrams is not None:
+            keys = self.ngram_emb.keys_of_text(crops.reshape((-1, crops.shape[-1]))[:, :-1])
+            rows = self.ngram_emb.look_up(keys).reshape((self.grad_accum_every, -1, self.ngram_emb.ngram_dim))
+        if self.grad_accum_every > 1:
+            loss, gradients, rows = self.accumulate(crops, rows)
+        elif self.of_ngrams is not None:
+            loss, (rows, gradients) = self.loss_and_gradients(crops[0], rows[0])
         else:
-            loss, gradients = self.accumulate(crops)
+            loss, gradients = self.loss_and_gradients(crops[0])
         gradients = self.grad_reducer(gradients)
         norm = global_norm(gradients)
         # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on a CPU), so one that is to
@@ -71,16 +83,26 @@ class TrainStep(nn.TrainOneStepCell):
             loss = ops.depend(loss, self.optimizer(clipped, taken))
         else:
             loss = ops.depend(loss, self.optimizer(clipped))
+        if self.of_ngrams is not None:
+            rows = self.zero_for_nan(rows.reshape((-1, self.ngram_emb.ngram_dim)) * taken)
+            loss = ops.depend(loss, self.of_ngrams(keys, rows, learning_rate))
         return loss, norm, learning_rate
 
-    def accumulate(self, crops):
-        """Mean loss and mean gradients over the micro-batches."""
+    def accumulate(self, crops, rows):
+        """Mean loss and mean gradients over the micro-batches, and the gradients of all their rows of n-grams.
+
+        ``rows: (grad_accum_every, k, ngram_dim)``; without n-grams of no meaning, and returned.
+        """
         ops.assign(self.loss_sum, ops.zeros_like(self.loss_sum))
         for total in self.gradient_sums:
             ops.assign(total, ops.zeros_like(total))
         i = Tensor(0, ms.int32)
         while i < self.grad_accum_every:
-            loss, gradients = self.loss_and_gradients(ops.gather(crops, i, 0))
+            if self.of_ngrams is None:
+                loss, gradients = self.loss_and_gradients(ops.gather(crops, i, 0))
+            else:
+                loss, (of_rows, gradients) = self.loss_and_gradients(ops.gather(crops, i, 0), ops.gather(rows, i, 0))
+                rows = self.put(rows, i.reshape((1, 1)), of_rows.reshape((1, *of_rows.shape)))  # these are done with
             ops.assign_add(self.loss_sum, loss)
             for j in range(len(gradients)):
                 ops.assign_add(self.gradient_sums[j], gradients[j])
@@ -89,7 +111,7 @@ class TrainStep(nn.TrainOneStepCell):
         means = ()
         for total in self.gradient_sums:
             means = means + (total * share,)
-        return self.loss_sum * share, means
+        return self.loss_sum * share, means, rows * share
 
 
 def global_norm(tensors):

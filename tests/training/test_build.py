@@ -53,9 +53,9 @@ def logits(model):
         ({"use_dynamic_pos_bias": True}, "dynamic_pos_bias.mlp.0.weight", (8, 1)),
         ({"qk_rmsnorm": True}, "layers.0.attention.q_scale", (8,)),
         ({"gate_values_per_head": True}, "layers.0.attention.to_v_gate.weight", (2, 16)),
-        ({"max_ngram": 3}, "ngram_emb.embeddings.1.embedding_table", (65521, 48)),
-        ({"max_ngram": 2, "ngram_buckets": 101}, "ngram_emb.embeddings.0.embedding_table", (101, 48)),
-        ({"max_ngram": 2, "ngram_dim": 5}, "ngram_emb.embeddings.0.embedding_table", (65521, 5)),
+        ({"max_ngram": 3}, "ngram_emb.embedding_table", (2 * 65521, 48)),
+        ({"max_ngram": 2, "ngram_buckets": 101}, "ngram_emb.embedding_table", (101, 48)),
+        ({"max_ngram": 2, "ngram_dim": 5}, "ngram_emb.embedding_table", (65521, 5)),
     ],
 )
 def test_sizes_reach_the_weights(options, name, shape):

@@ -55,6 +55,9 @@ def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
 def test_a_run_that_does_not_fit_into_the_machine_is_warned_of_with_both_figures(monkeypatch, caplog):
     model, train = tiny_transformer(dim=64, depth=2), TrainConfig(seq_len=1000, batch_size=10)
     needed = estimated_bytes(model, train)
+    table = 2 * 65521 * 48  # of which there is one copy; of the linear layer behind it there are four
+    with_n_grams = estimated_bytes(tiny_transformer(dim=64, depth=2, max_ngram=3), train)
+    assert with_n_grams - needed == 4 * (table + 4 * 2 * 48 * 64)
     activations = 4 * 55 * 64 * 2 * 1000 * 10
     assert activations + 0.25e9 < needed < activations + 0.35e9
     for there, warned in ((needed * 1.1, False), (needed * 0.9, True)):

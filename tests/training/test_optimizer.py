@@ -6,7 +6,7 @@ import pytest
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from local_attention.training.config import OptimizerConfig
-from local_attention.training.optimizer import build_optimizer, is_decayed, is_hidden_matrix
+from local_attention.training.optimizer import RowAdagrad, build_optimizer, is_decayed, is_hidden_matrix
 from tests.training.toys import tiny_transformer
 
 CONFIG = OptimizerConfig(name="adamw", lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
@@ -122,3 +122,27 @@ def test_matrices_of_linear_layers_decay_and_nothing_else():
     layer = {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out"}
     layer |= {"feed_forward.to_value", "feed_forward.to_gate", "feed_forward.to_out"}
     assert names == {f"layers.0.{name}.weight" for name in layer} | {"to_logits.weight"}
+
+
+def test_adagrad_of_rows_is_that_of_its_definition_also_where_rows_occur_again(rng=RNG):
+    table = Parameter(Tensor(rng.standard_normal((9, 4)), ms.float32), name="table")
+    weights, squares = table.asnumpy().astype(np.float64), np.zeros(9)
+    optimizer = RowAdagrad(table, relative_rate=3.0)
+    for rate in (0.1, 0.2):
+        keys, gradients = np.array([2, 7, 2, 0, 2, 7]), rng.standard_normal((6, 4))
+        for key, gradient in zip(keys, gradients):
+            squares[key] += (gradient**2).mean()
+        for key, gradient in zip(keys, gradients):
+            weights[key] -= 3 * rate * gradient / np.sqrt(squares[key])
+        optimizer(Tensor(keys, ms.int32), Tensor(gradients, ms.float32), Tensor(rate, ms.float32))
+        np.testing.assert_allclose(table.asnumpy(), weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_the_table_of_n_grams_alone_is_left_to_adagrad(name):
+    params = tiny_transformer(max_ngram=3, ngram_buckets=11).trainable_params()
+    optimizer = build_optimizer(replace(CONFIG, name=name, ngram_lr=0.2), params)
+    left = {p.name for p in params} - {p.name for p in optimizer.parameters}
+    assert left == {"ngram_emb.embedding_table"} and optimizer.of_ngrams.table.name in left
+    assert optimizer.of_ngrams.relative_rate == 0.2 / 0.05
+    assert build_optimizer(replace(CONFIG, name=name), tiny_transformer().trainable_params()).of_ngrams is None

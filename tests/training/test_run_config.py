@@ -92,6 +92,7 @@ EDGES = {
         "optimizer.beta2": BELOW_1,
         "optimizer.eps": NUMBER,
         "optimizer.weight_decay": ([-0.1, INF, NAN], [0.0]),
+        "optimizer.ngram_lr": NUMBER,
         "optimizer.muon_lr": NUMBER,
         "optimizer.momentum": BELOW_1,
         "schedule.name": (["linear", ""], ["constant", "cosine", "wsd"]),

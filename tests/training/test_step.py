@@ -3,13 +3,13 @@ import logging
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from local_attention.training.checkpoint import tensors_of
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.evaluate import Evaluator
 from local_attention.training.optimizer import build_optimizer
-from local_attention.training.step import TrainStep, compile_step
+from local_attention.training.step import LanguageModelLoss, TrainStep, compile_step
 from tests.training.toys import (
     TOKENS,
     Bigram,
@@ -190,3 +190,61 @@ def test_dropout_is_called_once_a_micro_batch_as_a_continued_run_counts():
         take(step, CROPS)
     calls = [parameter for parameter in model.get_parameters() if parameter.name.endswith("calls")]
     assert [int(parameter.asnumpy()) for parameter in calls] == [12, 12]
+
+
+NGRAMS = dict(max_ngram=3, ngram_buckets=97, ngram_dim=4)
+
+
+def ngram_step(grad_accum_every, weights=None, **options):
+    """A step of a model with n-grams, its weights those given."""
+    model = tiny_transformer(**NGRAMS)
+    if weights is not None:
+        set_weights(model, weights)
+    config = OptimizerConfig(lr=1e-3, eps=1e-4, **options)  # or Adam makes much of what differs by rounding
+    optimizer = build_optimizer(config, model.trainable_params())
+    return TrainStep(model, optimizer, grad_accum_every, 1.0).set_train()
+
+
+def test_micro_batches_train_n_grams_as_one_larger_batch_does():
+    whole = ngram_step(1)
+    parts = ngram_step(4, weights_of(whole.network))
+    for _ in range(2):
+        *_, after = take(whole, CROPS.reshape(1, 8, 17))
+        *_, after4 = take(parts, CROPS)
+    assert_weights(after4, after)
+    assert abs(after["ngram_emb.embedding_table"]).max() > 0.1
+
+
+def test_the_gradients_of_rows_of_n_grams_are_those_of_the_table():
+    """The first step of Adagrad moves a row that occurs once by the rate times its gradient over its mean square."""
+    model = tiny_transformer(**NGRAMS | dict(ngram_buckets=65521))
+    start, crop = weights_of(model), CROPS[0, :1]
+    gradients = ops.grad(LanguageModelLoss(model), None, [model.ngram_emb.embedding_table])(Tensor(crop))
+    gradient = gradients[0].asnumpy().astype(np.float64)
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-3, ngram_lr=0.5), model.trainable_params())
+    *_, after = take(TrainStep(model, optimizer, 1, 1.0).set_train(), crop[None])
+    moved = after["ngram_emb.embedding_table"] - start["ngram_emb.embedding_table"]
+    rows = np.unique(np.nonzero(gradient)[0])
+    assert 25 < len(rows) <= 32
+    np.testing.assert_array_equal(np.unique(np.nonzero(moved)[0]), rows)
+    wanted = -0.5 * gradient[rows] / np.sqrt((gradient[rows] ** 2).mean(1, keepdims=True))
+    np.testing.assert_allclose(moved[rows], wanted, atol=1e-3)
+
+
+def test_a_step_that_is_not_finite_leaves_n_grams_as_they_are():
+    step = ngram_step(1)
+    weights = weights_of(step.network)
+    bad = weights["norm.beta"] + np.nan
+    set_weights(step.network, weights | {"norm.beta": bad})
+    before = tensors_of(step.network.model, step.optimizer)
+    take(step, CROPS[:1])
+    for name, value in tensors_of(step.network.model, step.optimizer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_n_grams_follow_their_own_rate():
+    one, two = ngram_step(1, ngram_lr=0.1), None
+    weights = weights_of(one.network)
+    two = ngram_step(1, weights, ngram_lr=0.3)
+    after, after3 = (take(step, CROPS[:1])[-1]["ngram_emb.embedding_table"] for step in (one, two))
+    np.testing.assert_allclose(after3, 3 * after, atol=1e-5)
