@@ -4,6 +4,7 @@
     python scripts/benchmark_train.py --dim 512 --depth 6 --heads 8 --length 2048 --batch 2        # base model
     python scripts/benchmark_train.py --attention --heads 8 --length 8192 --batch 1                # LocalAttention alone
     python scripts/benchmark_train.py --profile                                                    # by operator
+    python scripts/benchmark_train.py --set use_xpos=true --set num_residual_streams=4             # another option
 
 A step is forward, backward, clipping and Adam; of ``LocalAttention`` alone forward and backward. Each thing measured has
 a process of its own, whose peak memory is told, and the steps of all of them alternate. The figures are medians. The
@@ -37,7 +38,7 @@ SIDE = 2048  # of the floor's product
 
 def model_options(arguments):
     """Keyword arguments of both ``LocalTransformer``."""
-    return dict(
+    sizes = dict(
         num_tokens=256,
         max_seq_len=arguments.length,
         dim=arguments.dim,
@@ -45,12 +46,20 @@ def model_options(arguments):
         heads=arguments.heads,
         dim_head=arguments.dim_head,
         local_attn_window_size=arguments.window,
+        num_residual_streams=1,
     )
+    return sizes | set_options(arguments)
+
+
+def set_options(arguments):
+    """What ``--set`` gives, numbers and booleans as in JSON."""
+    return {key: json.loads(value) for key, _, value in (text.partition("=") for text in arguments.set)}
 
 
 def attention_options(arguments):
     """Keyword arguments of both ``LocalAttention``."""
-    return dict(window_size=arguments.window, causal=True, dim=arguments.dim_head, exact_windowsize=True, autopad=True)
+    sizes = dict(window_size=arguments.window, causal=True, dim=arguments.dim_head, exact_windowsize=True, autopad=True)
+    return sizes | set_options(arguments)
 
 
 def product_flops(arguments):
@@ -125,7 +134,7 @@ def original(arguments, bfloat16=False):
                 out = attend(*inputs)
             out.backward(gradient.detach().to(out.dtype))
     else:
-        model = module.LocalTransformer(**model_options(arguments), num_residual_streams=1).train()
+        model = module.LocalTransformer(**model_options(arguments)).train()
         optimizer = torch.optim.Adam(model.parameters(), 2e-4)
         batch = torch.from_numpy(crops(arguments)).long()
 
@@ -190,6 +199,7 @@ def main():
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--attention", action="store_true", help="LocalAttention alone instead of a model")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of both sides")
     parser.add_argument("--bfloat16", action="store_true", help="measure PyTorch under autocast, too")
     parser.add_argument("--profile", action="store_true", help="a table of our operators instead")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -214,7 +224,9 @@ def main():
     rounds = {name: [] for name in names}
     for i in range(2 + arguments.rounds):
         for name, worker in workers.items():
-            rounds[name] += [worker.round()] if i >= 2 else [worker.round()][:0]
+            found = worker.round()
+            if i >= 2:
+                rounds[name].append(found)
     for worker in workers.values():
         worker.close()
 
