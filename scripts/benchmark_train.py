@@ -1,14 +1,14 @@
 """How fast a training step is: this project, PyTorch's ``local-attention``, and the floor that its products set.
 
-    python scripts/benchmark_train.py                                                              # small model
-    python scripts/benchmark_train.py --dim 512 --depth 6 --heads 8 --length 2048 --batch 2        # base model
-    python scripts/benchmark_train.py --attention --heads 8 --length 8192 --batch 1                # LocalAttention alone
-    python scripts/benchmark_train.py --profile                                                    # by operator
-    python scripts/benchmark_train.py --set use_xpos=true --set num_residual_streams=4             # another option
+    python scripts/benchmark_train.py                                                        # small model
+    python scripts/benchmark_train.py --dim 512 --depth 6 --heads 8 --length 2048 --batch 2  # base model
+    python scripts/benchmark_train.py --attention --heads 8 --length 8192 --batch 1          # LocalAttention alone
+    python scripts/benchmark_train.py --profile                                              # by operator
+    python scripts/benchmark_train.py --set use_xpos=true --set num_residual_streams=4       # another option
 
-A step is forward, backward, clipping and Adam; of ``LocalAttention`` alone forward and backward. Each thing measured has
-a process of its own, whose peak memory is told, and the steps of all of them alternate. The figures are medians. The
-floor is the time of the step's matrix products, those of scores that no query sees left out, at the rate of a large
+A step is forward, backward, clipping and Adam; of ``LocalAttention`` alone forward and backward. Each thing measured
+has a process of its own, whose peak memory is told, and the steps of all of them alternate. The figures are medians.
+The floor is the time of the matrix products, those of scores that no query sees left out, at the rate of a large
 product in MindSpore. PyTorch is measured, eagerly, where the parity extra is installed: ``pip install -e '.[parity]'``;
 with ``--bfloat16`` under autocast, too.
 """
