@@ -1,6 +1,7 @@
 """Dropout whose masks are a function of a seed and a count, so that a run that was interrupted goes on with them."""
 
 import math
+from itertools import count
 
 import mindspore as ms
 import numpy as np
@@ -8,6 +9,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
+
+_numbers = count()  # a graph wants parameters of different names
 
 
 def dropout_cell(share):
@@ -31,8 +34,9 @@ class Dropout(nn.Cell):
     def __init__(self, share):
         super().__init__()
         self.kept, self.scale = 1 - share, 1 / (1 - share)
-        self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # as mindspore.set_seed says
-        self.calls = Parameter(Tensor(0, ms.int32), name="calls", requires_grad=False)
+        self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # which mindspore.set_seed sets
+        calls = Parameter(Tensor(0, ms.int32), name=f"dropout_calls.{next(_numbers)}", requires_grad=False)
+        self.__dict__["calls"] = calls  # no parameter of the model, whose parameters are what it has learned
         self.matmul, self.floor = ops.MatMul(), ops.Floor()
         self.xor, self.bits, self.shift = ops.BitwiseXor(), ops.BitwiseAnd(), ops.RightShift()
 

@@ -199,11 +199,8 @@ def shapes_of(path):
 
 
 def named_parameters(model, optimizer=None):
-    """What a checkpoint holds of a model and its optimizer: name to Parameter.
-
-    Not how often dropout was called: that follows from the step.
-    """
-    named = {f"model.{parameter.name}": parameter for parameter in model.trainable_params()}
+    """What a checkpoint holds of a model and its optimizer: name to Parameter."""
+    named = {f"model.{parameter.name}": parameter for parameter in model.get_parameters()}
     if optimizer is not None:
         weights = {parameter.name for parameter in model.get_parameters()}
         state = [parameter for parameter in optimizer.get_parameters() if parameter.name not in weights]
