@@ -324,8 +324,10 @@ class LocalTransformer(nn.Cell):
                 ``return_loss``, for a cache of another batch or of as many tokens, and as
                 :class:`decode.Decoder`.
         """
+        if ngram_rows is not None:
+            return super().__call__(x, mask, cache, return_loss, return_cache, ngram_rows)
         if cache is None and not return_cache:
-            return super().__call__(x, mask, None, return_loss, False, ngram_rows)
+            return super().__call__(x, mask, None, return_loss)
         if mask is not None or return_loss:
             raise ValueError("expected no mask and no return_loss with a cache")
         tokens = x.asnumpy()
