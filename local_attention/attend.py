@@ -8,8 +8,8 @@ class Attend(nn.Cell):
 
     The backward pass names the weights ``p`` as the forward pass does, and a static graph computes them once. With
     ``do`` the gradient of the output, ``ds = p * (do vᵀ - rowsum(do * o))``: the row sum over channels equals that over
-    keys, ``rowsum(p * (do vᵀ))``, and is subtracted inside the product, ``[do, -row] [v, 1]ᵀ``. (The framework's softmax
-    gradient: 37 ms, this: a third.)
+    keys, ``rowsum(p * (do vᵀ))``, and is subtracted inside the product, ``[do, -row] [v, 1]ᵀ``. (The framework's
+    softmax gradient: 37 ms, this: a third.)
     """
 
     def __init__(self):
