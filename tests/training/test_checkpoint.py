@@ -56,15 +56,16 @@ def test_tensors_and_metadata_come_back_as_they_were(checkpoints):
 
 
 def test_weights_and_optimizer_state_come_back_as_they_were(checkpoints):
-    model, optimizer = parts(tiny_transformer())
+    model, optimizer = parts(tiny_transformer(max_ngram=2, ngram_buckets=11))
     randomise([*model.get_parameters(), *optimizer.get_parameters()])
     saved = tensors_of(model, optimizer)
     tensors, _ = read(checkpoints.save(saved, {"step": 1}))
 
-    other, other_optimizer = parts(tiny_transformer())
+    other, other_optimizer = parts(tiny_transformer(max_ngram=2, ngram_buckets=11))
     restore(tensors, other, other_optimizer)
     restored = tensors_of(other, other_optimizer)
     assert restored.keys() == saved.keys()
+    assert {"model.ngram_emb.embedding_table", "optimizer.squares"} < saved.keys()
     assert {name.partition(".")[0] for name in saved} == {"model", "optimizer"}
     for name in saved:
         np.testing.assert_array_equal(restored[name], saved[name], err_msg=name)

@@ -207,13 +207,13 @@ def ngram_step(grad_accum_every, weights=None, **options):
 
 
 def test_micro_batches_train_n_grams_as_one_larger_batch_does():
-    whole = ngram_step(1)
-    parts = ngram_step(4, weights_of(whole.network))
+    whole = ngram_step(1, ngram_lr=0.01)
+    parts = ngram_step(4, weights_of(whole.network), ngram_lr=0.01)
     for _ in range(2):
         *_, after = take(whole, CROPS.reshape(1, 8, 17))
         *_, after4 = take(parts, CROPS)
     assert_weights(after4, after)
-    assert abs(after["ngram_emb.embedding_table"]).max() > 0.1
+    assert abs(after["ngram_emb.embedding_table"]).max() > 0.01
 
 
 def test_the_gradients_of_rows_of_n_grams_are_those_of_the_table():
