@@ -16,7 +16,7 @@ train: .venv/installed
 	.venv/bin/python train.py experiment=quickstart $(ARGS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff check .
