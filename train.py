@@ -21,41 +21,52 @@ def main(composed):
     from local_attention.training.optimizer import build_optimizer
     from local_attention.training.state import RunState
     from local_attention.training.step import TrainStep, compile_step
+    from local_attention.training.workers import join_workers, losses_explained
 
     hydra, train = HydraConfig.get(), config.train
     run_log.log_to_screen()
 
-    # Where the run writes, what it continues, which bytes it sees.
-    place = run_dir.find_place(config, hydra.runtime.choices.get("experiment") or "default")
+    # Where the run writes, what it continues, which bytes it sees; and who takes part.
+    use_device(config.device.target)
+    workers = join_workers(config.parallel)
+    place = workers.share(lambda: run_dir.find_place(config, hydra.runtime.choices.get("experiment") or "default"))
     corpus = data.load(config.data)
     corpus.require("train", "val", "test", crop_bytes=train.seq_len + 1)
+    workers.require_same(config, corpus)
     sampler = data.CropSampler(corpus.train, train.seq_len + 1, config.seed)
 
     # Model, optimizer and step; all three as they were, if the run continues one.
-    use_device(config.device.target)
-    ms.set_seed(config.seed)
+    ms.set_seed((config.seed + workers.rank) % 2**32)  # of dropout; the weights of all are those of rank 0
     model = build_model(config.model)
     optimizer = build_optimizer(config.optimizer, model.trainable_params())
-    step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm)
+    step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm, workers.count)
     state = RunState(train.max_steps, train.max_minutes)
     if place.checkpoint:
-        tensors, meta = checkpoint.read(place.checkpoint)
-        run_dir.check_same_run(config, corpus, meta)
-        checkpoint.restore(tensors, model, optimizer)
+        meta = workers.share(lambda: checkpoint.read_meta(place.checkpoint))
+        run_dir.check_same_run(config, corpus, meta, workers)
+        if workers.leads:
+            checkpoint.restore(checkpoint.read(place.checkpoint)[0], model, optimizer)
         state.load(meta)
         count_calls(model, state.step * train.grad_accum_every)
+    workers.share_parameters(checkpoint.named_parameters(model, optimizer).values())
 
-    # From here on the run directory is written.
-    run_dir.create(place.run_dir, config)
-    run_log.log_to_file(place.run_dir)
-    log = run_log.RunLog(place.run_dir, state.step, as_dict(config))
-    saver = callbacks.Saver(place.checkpoints, train.keep_last, model, optimizer, state, run_dir.origin(config, corpus))
-    evaluator = Evaluator(model, train.seq_len, train.batch_size)
-    run_dir.announce(place, model, train)
+    # From here on the run directory is written, by the leading worker alone but for a log of each.
+    if workers.leads:
+        run_dir.create(place.run_dir, config)
+    workers.wait_for_all()
+    run_log.log_to_file(place.run_dir, workers.rank)
+    if workers.leads:
+        origin = run_dir.origin(config, corpus, workers)
+        log = run_log.RunLog(place.run_dir, state.step, as_dict(config))
+        saver = callbacks.Saver(place.checkpoints, train.keep_last, model, optimizer, state, origin)
+    else:
+        log, saver = run_log.NoRunLog(), callbacks.save_nothing
+    evaluator = Evaluator(model, train.seq_len, train.batch_size, workers)
+    run_dir.announce(place, model, train, workers)
     warn_of_memory(model, train)
 
-    # Train. The callbacks run in this order after each step.
-    advance = callbacks.Advance(state, step, config)
+    # Train. The callbacks run in this order after each step, on all workers, so that none waits long for another.
+    advance = callbacks.Advance(state, step, config, workers)
     report = callbacks.Report(state, advance, log, train.log_every)
     start, stop = corpus.bounds("val")
     stretch = corpus.bytes, start, min(stop, start + train.eval_bytes)
@@ -67,26 +78,32 @@ def main(composed):
         callbacks.Sample(state, train.generate_every, log, model, prompt, train.generate_length, config.seed),
         callbacks.SaveLast(state, train.checkpoint_every, saver),
     ]
-    if train.profile:
+    if train.profile and workers.leads:
         events.append(profile.Profile(place.run_dir))
+    state.agree(workers)
     if not state.finished:
-        with signals.StopOnSignal(state):
-            dataset = crop_dataset(sampler, train, state.step)
+        with signals.StopOnSignal(state), losses_explained():
+            dataset = crop_dataset(sampler, train, state.step, workers)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
+    workers.wait_for_all()  # the leading one saves
     if state.failure:
         raise errors.RunError(state.failure)
     if state.signal:
-        return closing.interrupted(place.run_dir, state, hydra.overrides.task)
+        return closing.interrupted(place.run_dir, state, hydra.overrides.task, workers)
 
     # Score the best weights on all of validation and test, and say what to do next.
-    best = checkpoint.Checkpoints(place.checkpoints).find("best") or place.checkpoint
-    checkpoint.restore(checkpoint.read(best)[0], model)
+    if workers.leads:
+        best = checkpoint.Checkpoints(place.checkpoints).find("best") or place.checkpoint
+        checkpoint.restore(checkpoint.read(best)[0], model)
+    workers.share_parameters(model.get_parameters())
     scores = closing.score_splits(evaluator, corpus, state, log)
-    closing.summarise(place.run_dir, state, scores)
-    log.compare({f"{split}_bpb": score.bpb for split, score in scores.items()}, state.step)
-    closing.say_what_next(place.run_dir, state, hydra.overrides.task)
+    if workers.leads:
+        closing.summarise(place.run_dir, state, scores)
+        log.compare({f"{split}_bpb": score.bpb for split, score in scores.items()}, state.step)
+        closing.say_what_next(place.run_dir, state, hydra.overrides.task, workers)
     log.close()
+    workers.wait_for_all()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.schedule import learning_rate
 from local_attention.training.terminal import as_text, duration
+from local_attention.training.workers import ALONE
 
 log = logging.getLogger("train")
 
@@ -25,17 +26,19 @@ class Advance(Callback):
         state: the :class:`RunState`.
         step_cell: the ``TrainStep``.
         config: the ``RunConfig``.
+        workers: who train.
     """
 
-    def __init__(self, state, step_cell, config):
+    def __init__(self, state, step_cell, config, workers=ALONE):
         super().__init__()
-        self.state, self.step_cell, self.config = state, step_cell, config
+        self.state, self.step_cell, self.config, self.workers = state, step_cell, config, workers
         train = config.train
-        self.bytes_a_step = train.seq_len * train.batch_size * train.grad_accum_every
+        self.bytes_a_step = train.seq_len * train.batch_size * train.grad_accum_every * workers.count
         self.seconds = None
 
     def on_train_step_begin(self, run_context):
         config, state = self.config, self.state
+        state.agree(self.workers)
         self.step_cell.set_learning_rate(
             learning_rate(config.schedule, config.optimizer.lr, state.step, state.progress)
         )
@@ -48,6 +51,7 @@ class Advance(Callback):
         self.state.step += 1
         self.state.bytes_seen += self.bytes_a_step
         self.state.train_s += self.seconds
+        self.state.agree(self.workers)
         self.count_skipped()
         if self.state.finished or self.state.signal or self.state.failure:
             run_context.request_stop()
@@ -240,6 +244,10 @@ class Saver:
             return
         self.saved_step = self.state.step
         self.checkpoints.save(tensors_of(self.model, self.optimizer), {**self.state.saved(), **self.origin}, best)
+
+
+def save_nothing(best=False):
+    """What a worker has instead of a :class:`Saver` that does not lead."""
 
 
 def indent(text):

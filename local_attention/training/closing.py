@@ -12,6 +12,7 @@ from tqdm import tqdm
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.terminal import duration
+from local_attention.training.workers import ALONE
 
 log = logging.getLogger("train")
 
@@ -56,25 +57,26 @@ def summarise(run_dir, state, scores):
     )
 
 
-def say_what_next(run_dir, state, overrides):
+def say_what_next(run_dir, state, overrides, workers=ALONE):
     """Three commands: sample, look at curves, continue for twice as long."""
     longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
-    log.info(f"continue:  {continue_command(run_dir, overrides, longer)}")
+    log.info(f"continue:  {continue_command(run_dir, overrides, longer, workers)}")
 
 
-def interrupted(run_dir, state, overrides):
+def interrupted(run_dir, state, overrides, workers=ALONE):
     """Say where an interrupted run was saved; returns its exit status."""
     log.info(f"interrupted: saved step {state.step:,} in {Path(run_dir) / 'checkpoints'}")
-    log.info(f"continue:  {continue_command(run_dir, overrides)}")
+    log.info(f"continue:  {continue_command(run_dir, overrides, workers=workers)}")
     return 128 + state.signal
 
 
-def continue_command(run_dir, overrides, changes=()):
+def continue_command(run_dir, overrides, changes=(), workers=ALONE):
     """The command line that goes on with a run: the one that began it, with its directory and ``changes``."""
+    program = ["python", "train.py"] if workers.count == 1 else ["scripts/launch.sh", str(workers.count)]
     changes = [f"run_dir={run_dir}", "resume=auto", *changes]
-    replaced = {change.split("=")[0] for change in changes}
+    replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if workers.count > 1 else set())
     kept = [override for override in overrides if override.split("=")[0] not in replaced]
-    return shlex.join(["python", "train.py", *kept, *changes])
+    return shlex.join([*program, *kept, *changes])

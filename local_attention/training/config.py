@@ -117,6 +117,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: str = "none"
     run_dir: str | None = None
     resume: str | None = "auto"
     seed: int = 0
@@ -226,6 +227,7 @@ RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
     "schedule.decay_fraction": FRACTION,
     "schedule.final_fraction": FRACTION,
     **DEVICE_RANGES,
+    "parallel": one_of("none", "data"),
     "seed": between(0, 2**32 - 1),
 }
 GENERATE_RANGES = {

@@ -7,6 +7,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from local_attention.training.workers import ALONE
+
 
 class TokenLosses(nn.Cell):
     """``inputs, labels: (b, n)`` to the cross-entropy of each label in nats, ``(b, n)``."""
@@ -47,10 +49,12 @@ class Evaluator:
         model: a ``LocalTransformer``.
         seq_len: labels a window.
         batch_size: windows a call of the model.
+        workers: who share the work; all must call.
     """
 
-    def __init__(self, model, seq_len, batch_size):
+    def __init__(self, model, seq_len, batch_size, workers=ALONE):
         self.model, self.seq_len, self.batch_size = model, seq_len, batch_size
+        self.workers = workers
         self.token_losses = TokenLosses(model)
 
     def __call__(self, data, start, stop, stride=None, progress=iter):
@@ -66,7 +70,7 @@ class Evaluator:
             progress: wraps the list of batches, as ``tqdm`` does.
 
         Returns:
-            A :class:`Score`, its sum taken in float64.
+            A :class:`Score`; the sum over batches is exact, so that it does not depend on the number of workers.
 
         Raises:
             ValueError: for an empty stretch or a stride out of range.
@@ -79,14 +83,15 @@ class Evaluator:
         span = np.concatenate([before, data[start:stop]]).astype(np.int32)
         todo = list(windows(0, stop - start, self.seq_len, stride))
         batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
-        nats, scored = 0.0, 0
+        rank, count = self.workers.rank, self.workers.count
+        sums = np.zeros((math.ceil(len(batches) / count), 2))  # nats and bytes of the batches of this worker
         was_training = self.model.training
         self.model.set_train(False)
-        for batch in progress(batches):
-            batch_nats, batch_scored = self.score_batch(span, batch)
-            nats, scored = nats + batch_nats, scored + batch_scored
+        for i, batch in enumerate(progress(batches[rank::count])):
+            sums[i] = self.score_batch(span, batch)
         self.model.set_train(was_training)
-        return Score(nats / scored / math.log(2), scored)
+        nats, scored = (math.fsum(column) for column in self.workers.gather(sums).reshape(-1, 2).T)
+        return Score(nats / scored / math.log(2), int(scored))
 
     def score_batch(self, span, batch):
         """Sum of nats and number of bytes; windows that are short or missing are filled up and left out of both."""

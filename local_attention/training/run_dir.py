@@ -12,6 +12,7 @@ import yaml
 from local_attention.training.checkpoint import Checkpoints, remove_leftovers, write_text
 from local_attention.training.config import RunConfig, as_dict, flat
 from local_attention.training.errors import CheckpointError, UsageError
+from local_attention.training.workers import ALONE
 
 # What a continued run must share with the run that wrote the checkpoint.
 FIXED = ("model.", "seed", "data.fingerprint", "optimizer.name")
@@ -79,12 +80,26 @@ def checkpoint_of(run_dir, name):
     return path
 
 
-def origin(config, corpus):
-    """What a checkpoint keeps of where it came from: the config, and which bytes."""
-    return {"config": as_dict(config), "data": {"name": corpus.name, "fingerprint": corpus.fingerprint}}
+def origin(config, corpus, workers=ALONE):
+    """What a checkpoint keeps of where it came from: the config, which bytes, and how many workers."""
+    data = {"name": corpus.name, "fingerprint": corpus.fingerprint}
+    return {"config": as_dict(config), "data": data, "workers": workers.count}
 
 
-def check_same_run(config, corpus, meta):
+def settings(origin):
+    """An :func:`origin` as dotted keys; ``train.batch_size`` is that of all workers together.
+
+    Of the groups of settings that are there, what is younger than they are has its default.
+    """
+    config = origin["config"]
+    values = flat({group: values for group, values in as_dict(RunConfig()).items() if group in config})
+    values |= flat({**config, "data": origin.get("data", {})})
+    if "train" in config:
+        values["train.batch_size"] *= origin.get("workers", 1)
+    return values
+
+
+def check_same_run(config, corpus, meta, workers=ALONE):
     """Refuse to go on with other settings or bytes than the checkpoint's where that would not be the same run.
 
     Other changes are logged. A setting that is younger than the checkpoint had its default there. Groups of settings
@@ -94,19 +109,21 @@ def check_same_run(config, corpus, meta):
         config: a ``RunConfig``.
         corpus: the data of now.
         meta: the checkpoint's metadata, with its :func:`origin`.
+        workers: those of now.
 
     Raises:
         UsageError: naming the setting and both values.
     """
-    defaults = {group: values for group, values in as_dict(RunConfig()).items() if group in meta["config"]}
-    before, now = (flat({**o["config"], "data": o.get("data", {})}) for o in (meta, origin(config, corpus)))
+    before, now = settings(meta), settings(origin(config, corpus, workers))
     changed = []
-    for key, value in sorted((flat(defaults) | before).items()):
+    for key, value in sorted(before.items()):
         if value == now.get(key):
             continue
         if key.startswith(FIXED):
+            several = key == "train.batch_size" and max(workers.count, meta.get("workers", 1)) > 1
+            what = f"{key} times the number of workers" if several else key
             raise UsageError(
-                f"cannot continue: {key} was {value} in the run and is {now.get(key)} now; "
+                f"cannot continue: {what} was {value} in the run and is {now.get(key)} now; "
                 "give the old value, or begin a new run with another run_dir"
             )
         if key in now and key not in ("run_dir", "resume"):
@@ -140,10 +157,11 @@ def create(run_dir, config):
     return lock
 
 
-def announce(place, model, train):
+def announce(place, model, train, workers=ALONE):
     """Say how large the model is, what a step sees and where the run is."""
     parameters = sum(parameter.size for parameter in model.trainable_params())
+    workers = f" of each of {workers.count} workers" if workers.count > 1 else ""
     log.info(
         f"{parameters:,} parameters; {train.grad_accum_every} x {train.batch_size} crops of {train.seq_len:,} bytes "
-        f"a step; {'continuing' if place.checkpoint else 'writing'} {place.run_dir}"
+        f"a step{workers}; {'continuing' if place.checkpoint else 'writing'} {place.run_dir}"
     )

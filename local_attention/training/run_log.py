@@ -99,6 +99,19 @@ class RunLog:
         self.tensorboard.close()
 
 
+class NoRunLog:
+    """What a worker has instead of a :class:`RunLog` that does not lead: it writes nothing."""
+
+    def record(self, kind, state, **values):
+        pass
+
+    def compare(self, scores, step):
+        pass
+
+    def close(self):
+        pass
+
+
 class TqdmHandler(logging.Handler):
     """Writes lines to standard output without tearing a progress bar; a closed one does not end the run."""
 
@@ -116,9 +129,11 @@ def log_to_screen():
         logger.handlers = [TqdmHandler(logging.INFO), _kept]
 
 
-def log_to_file(run_dir):
-    """Write ``train.log``, with times, beginning with what has been logged so far."""
-    file = logging.FileHandler(Path(run_dir) / "train.log", encoding="utf-8")
+def log_to_file(run_dir, rank=0):
+    """Write ``train.log`` (``worker-1.log`` for rank 1, …), with times, beginning with what has been logged so far."""
+    path = Path(run_dir) / (f"worker-{rank}.log" if rank else "train.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _kept.setTarget(file)
     _kept.flush()

@@ -3,12 +3,15 @@
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 
 @dataclass
 class RunState:
     """What a run needs to go on, and what its lines in ``metrics.jsonl`` begin with.
 
-    ``wall_s`` counts the seconds of training, evaluation and sampling, over all the sessions of a resumed run.
+    ``wall_s`` counts the seconds of training, evaluation and sampling, over all the sessions of a resumed run;
+    ``progress`` goes by ``agreed_s``, which is the same for all workers.
     """
 
     max_steps: int | None
@@ -25,6 +28,12 @@ class RunState:
 
     def __post_init__(self):
         self.started = time.monotonic()
+        self.agreed_s = 0.0
+
+    def agree(self, workers):
+        """Take over the clock of the leading worker, and a signal that any of them got."""
+        told = workers.gather(np.array([self.wall_s, self.signal or 0]))
+        self.agreed_s, self.signal = float(told[0, 0]), int(told[:, 1].max()) or None
 
     @property
     def wall_s(self):
@@ -34,7 +43,7 @@ class RunState:
     def progress(self):
         """How much of the run is over, 0 … 1: by steps or by minutes, whichever ends it first."""
         by_steps = self.step / self.max_steps if self.max_steps else 0.0
-        by_time = self.wall_s / (60 * self.max_minutes) if self.max_minutes else 0.0
+        by_time = self.agreed_s / (60 * self.max_minutes) if self.max_minutes else 0.0
         return max(by_steps, by_time)
 
     @property

@@ -39,15 +39,19 @@ class TrainStep(nn.TrainOneStepCell):
         grad_accum_every: micro-batches a step.
         clip_norm: the gradient's global norm is scaled down to this where it is larger; without that of n-grams, whose
             optimizer does not care for scale.
+        workers: how many train together, each with crops of its own; loss, gradients and norm are means over them.
     """
 
-    def __init__(self, model, optimizer, grad_accum_every, clip_norm):
+    def __init__(self, model, optimizer, grad_accum_every, clip_norm, workers=1):
         super().__init__(LanguageModelLoss(model), optimizer)
         self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
         self.can_skip, self.zero_for_nan = isinstance(optimizer, Adam), ops.NanToNum(0.0, 0.0, 0.0)
         self.ngram_emb, self.of_ngrams = getattr(model, "ngram_emb", None), getattr(optimizer, "of_ngrams", None)
         of_rows = None if self.of_ngrams is None else 1
         self.loss_and_gradients = ops.value_and_grad(self.network, of_rows, self.weights)
+        self.workers = workers
+        if workers > 1:
+            self.all_reduce, self.all_gather = ops.AllReduce(), ops.AllGather()
         if grad_accum_every > 1:
             self.loss_sum = Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
             self.gradient_sums = self.weights.clone("gradient_sum", init="zeros")
@@ -69,7 +73,9 @@ class TrainStep(nn.TrainOneStepCell):
             loss, (rows, gradients) = self.loss_and_gradients(crops[0], rows[0])
         else:
             loss, gradients = self.loss_and_gradients(crops[0])
-        gradients = self.grad_reducer(gradients)
+        if self.workers > 1:
+            loss = self.all_reduce(loss) / self.workers
+            gradients = self.grad_reducer(gradients)  # their means
         norm = global_norm(gradients)
         # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on a CPU), so one that is to
         # be skipped is made an update by nothing.
@@ -84,7 +90,10 @@ class TrainStep(nn.TrainOneStepCell):
         else:
             loss = ops.depend(loss, self.optimizer(clipped))
         if self.of_ngrams is not None:
-            rows = self.zero_for_nan(rows.reshape((-1, self.ngram_emb.ngram_dim)) * taken)
+            rows = rows.reshape((-1, self.ngram_emb.ngram_dim))
+            if self.workers > 1:  # of a table that no worker could send as a whole
+                keys, rows = self.all_gather(keys), self.all_gather(rows) / self.workers
+            rows = self.zero_for_nan(rows * taken)
             loss = ops.depend(loss, self.of_ngrams(keys, rows, learning_rate))
         return loss, norm, learning_rate
 

@@ -105,6 +105,7 @@ EDGES = {
         **{f"train.{key}": COUNT for key in ("log_every", "eval_every", "eval_bytes", "checkpoint_every")},
         **{f"train.{key}": COUNT for key in ("keep_last", "generate_every", "generate_length", "max_bad_steps")},
         "device.target": TARGET,
+        "parallel": (["model", ""], ["none", "data"]),
         "seed": SEED,
     },
     "generate": {

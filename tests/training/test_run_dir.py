@@ -163,6 +163,7 @@ CHANGED = {  # key of a run's config: a value other than the default
     "optimizer.name": "adamw",
     "schedule.name": "wsd",
     "train.max_minutes": 3.0,
+    "parallel": "data",
     "device.target": "CPU",
     "run_dir": "elsewhere",
     "resume": "elsewhere",
