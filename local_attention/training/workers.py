@@ -42,12 +42,12 @@ class Workers:
     Args:
         rank: 0 … count - 1; the worker of rank 0 leads: it alone writes the run.
         count: how many there are.
+        all_gather: ``(n,) -> (count * n,)`` int32, the arrays of all; for several workers.
+        broadcast: ``(n,) -> (n,)`` int32, that of rank 0; for several workers.
     """
 
-    def __init__(self, rank=0, count=1):
-        self.rank, self.count = rank, count
-        if count > 1:
-            self.all_gather, self.broadcast = Collective(ops.AllGather()), Broadcast(ops.Broadcast(0))
+    def __init__(self, rank=0, count=1, all_gather=None, broadcast=None):
+        self.rank, self.count, self.all_gather, self.broadcast = rank, count, all_gather, broadcast
 
     @property
     def leads(self):
@@ -160,6 +160,7 @@ def join_workers(parallel):
         what = f"worker {lost[1]} was lost" if lost else f"the workers did not come together: {error}"
         raise RunError(what) from None
     ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
-    workers = Workers(communication.get_rank(), communication.get_group_size())
+    collectives = Collective(ops.AllGather()), Broadcast(ops.Broadcast(0))
+    workers = Workers(communication.get_rank(), communication.get_group_size(), *collectives)
     log.info(f"worker {workers.rank} of {workers.count}: process {os.getpid()}")
     return workers

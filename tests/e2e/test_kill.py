@@ -13,7 +13,6 @@ KILLS = 20
 STEPS = 400
 OVERRIDES = [
     f"train.max_steps={STEPS}",
-    "model.depth=1",
     "model.ff_dropout=0.1",
     "train.checkpoint_every=3",
     "train.eval_every=50",

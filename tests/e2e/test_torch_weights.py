@@ -39,7 +39,7 @@ def test_the_arguments_for_pytorch_are_printed(exported):
     line, arguments = exported[1].splitlines()
     assert line.startswith(f"{exported[0]}: ")
     assert arguments.startswith(
-        "LocalTransformer(num_tokens=256, max_seq_len=32, dim=32, depth=2, heads=2, dim_head=16,"
+        "LocalTransformer(num_tokens=256, max_seq_len=32, dim=32, depth=1, heads=2, dim_head=16,"
     )
 
 
@@ -82,8 +82,8 @@ def test_an_imported_run_goes_on_from_its_weights(imported, commands):
 
 def test_weights_that_do_not_fit_are_one_line_and_leave_nothing(exported, commands):
     state = load_file(exported[0])
-    del state["layers.1.0.branch.to_qkv.weight"]
+    del state["layers.0.0.branch.to_qkv.weight"]
     save_file(state, commands.folder / "runs/less.safetensors")
     result = commands.run(IMPORT, "weights=runs/less.safetensors", "run_dir=runs/less", WINDOW)
-    assert "missing: layers.1.0.branch.to_qkv.weight (96, 32)" in one_line_error(result)
+    assert "missing: layers.0.0.branch.to_qkv.weight (96, 32)" in one_line_error(result)
     assert not (commands.folder / "runs/less").exists()

@@ -19,7 +19,6 @@ OVERRIDES = [
     f"train.max_steps={STEPS}",
     "train.checkpoint_every=10",
     "train.eval_every=10",
-    "model.depth=1",
     "model.max_ngram=3",
     "model.ngram_buckets=997",
     "model.ngram_dim=8",

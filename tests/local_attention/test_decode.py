@@ -203,7 +203,8 @@ def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
         np.testing.assert_allclose(logits[:, alone:], near[:, alone:], atol=1e-4)
 
 
-def test_a_greedy_text_of_a_thousand_bytes_is_what_the_full_pass_says():
+@pytest.mark.parametrize("mode", ["graph"], indirect=True)
+def test_a_greedy_text_of_a_thousand_bytes_is_what_the_full_pass_says(mode):
     model = transformer(num_tokens=256, max_seq_len=1004, dim=16, depth=2, dim_head=8, local_attn_window_size=8)
     text = model.generate(tensor([[1, 2, 3]]), 1000, temperature=0).asnumpy()[0].tolist()
     likeliest = run(model, [[1, 2, 3, *text]])[0, 2:-1].argmax(-1)
