@@ -41,6 +41,7 @@ class Place:
         inside: bytes a second from worker to worker of one server, or None where each is a machine of its own.
         network: bytes a second into and out of a machine.
         latency: seconds a message.
+        fused: whether all gradients travel as one array; on CPUs, MindSpore sends each parameter's by itself.
     """
 
     name: str
@@ -48,20 +49,22 @@ class Place:
     inside: float | None
     network: float
     latency: float
+    fused: bool
 
 
 PLACES = (
-    Place("two cores each, 1 Gbit/s", 100e9, None, 125e6, 1e-3),
-    Place("servers of 8 devices, 100 Gbit/s", 20e12, 200e9, 12.5e9, 20e-6),
+    Place("machines of two cores, 1 Gbit/s", 270e9, None, 125e6, 0.3e-3, False),
+    Place("servers of 8 devices, 100 Gbit/s", 20e12, 200e9, 12.5e9, 20e-6, True),
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of one worker and one step: operations, bytes of gradients to average, bytes of rows of n-grams to collect."""
+    """Of one worker and one step: operations, bytes of gradients to average, their number, bytes of rows to collect."""
 
     flops: float
     gradients: int
+    parameters: int
     rows: int
 
 
@@ -81,7 +84,7 @@ def step_of(config):
     scores = 2 * 2 * keys * model.heads * model.dim_head * model.depth
     flops = 3 * tokens * (2 * (sum(sizes.values()) - embeddings) + scores)
     rows = tokens * (model.max_ngram - 1) * 4 * (model.ngram_dim + 1) if tables else 0  # and the number of each
-    return Step(flops, 4 * (sum(sizes.values()) - tables), rows)
+    return Step(flops, 4 * (sum(sizes.values()) - tables), len(sizes), rows)
 
 
 def seconds(step, place, workers):
@@ -100,13 +103,14 @@ def seconds(step, place, workers):
         gradients += 2 * (outside - 1) / outside * step.gradients / place.network
         rows += (workers - inside) * step.rows / place.network
         latencies += 2 * (outside - 1)
-    return step.flops / place.flops, gradients + rows + latencies * place.latency
+    latencies *= place.latency * (1 if place.fused else step.parameters)
+    return step.flops / place.flops, gradients + rows + latencies
 
 
 def table(steps):
     """Lines of a Markdown table for name to :class:`Step`: share of the time that workers spend computing."""
     lines = [
-        "| recipe | gradients, rows a worker | on | " + " | ".join(f"{n:,} workers" for n in WORKERS) + " |",
+        "| recipe | sent | on | " + " | ".join(f"{n:,} worker{'s' * (n > 1)}" for n in WORKERS) + " |",
         "| --- | --- | --- |" + " --- |" * len(WORKERS),
     ]
     for name, step in steps.items():
@@ -129,7 +133,7 @@ def main(overrides):
     with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
         for recipe in [overrides] if overrides else RECIPES:
             steps[" ".join(recipe)] = step_of(run_config(compose("train", overrides=recipe)))
-    print("milliseconds of a step: computing + communicating")
+    print("Milliseconds of a step, computing + communicating:\n")
     print("\n".join(table(steps)))
 
 
