@@ -6,9 +6,16 @@ import time
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.training.optimizer import Adam, sum_of_squares
+from local_attention.training.optimizer import Adam, for_each, sum_of_squares
 
 log = logging.getLogger("train")
+
+
+zero_for_nan = ops.NanToNum(0.0, 0.0, 0.0)
+
+
+def times_or_zero(factor, tensor):
+    return zero_for_nan(tensor * factor)
 
 
 class LanguageModelLoss(nn.Cell):
@@ -45,7 +52,7 @@ class TrainStep(nn.TrainOneStepCell):
     def __init__(self, model, optimizer, grad_accum_every, clip_norm, workers=1):
         super().__init__(LanguageModelLoss(model), optimizer)
         self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
-        self.can_skip, self.zero_for_nan = isinstance(optimizer, Adam), ops.NanToNum(0.0, 0.0, 0.0)
+        self.can_skip = isinstance(optimizer, Adam)
         self.ngram_emb, self.of_ngrams = getattr(model, "ngram_emb", None), getattr(optimizer, "of_ngrams", None)
         of_rows = None if self.of_ngrams is None else 1
         self.loss_and_gradients = ops.value_and_grad(self.network, of_rows, self.weights)
@@ -81,9 +88,7 @@ class TrainStep(nn.TrainOneStepCell):
         # be skipped is made an update by nothing.
         taken = ops.isfinite(loss + norm).astype(norm.dtype)
         shrink = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6)) * taken
-        clipped = ()
-        for gradient in gradients:
-            clipped = clipped + (self.zero_for_nan(gradient * shrink),)
+        clipped = for_each(ops.partial(times_or_zero, shrink), gradients)
         learning_rate = self.optimizer.learning_rate + 0.0
         if self.can_skip:
             loss = ops.depend(loss, self.optimizer(clipped, taken))
@@ -93,7 +98,7 @@ class TrainStep(nn.TrainOneStepCell):
             rows = rows.reshape((-1, self.ngram_emb.ngram_dim))
             if self.workers > 1:  # of a table that no worker could send as a whole
                 keys, rows = self.all_gather(keys), self.all_gather(rows) / self.workers
-            rows = self.zero_for_nan(rows * taken)
+            rows = times_or_zero(taken, rows)
             loss = ops.depend(loss, self.of_ngrams(keys, rows, learning_rate))
         return loss, norm, learning_rate
 
@@ -103,8 +108,7 @@ class TrainStep(nn.TrainOneStepCell):
         ``rows: (grad_accum_every, k, ngram_dim)``; without n-grams of no meaning, and returned.
         """
         ops.assign(self.loss_sum, ops.zeros_like(self.loss_sum))
-        for total in self.gradient_sums:
-            ops.assign(total, ops.zeros_like(total))
+        for_each(ops.assign, self.gradient_sums, for_each(ops.zeros_like, self.gradient_sums))
         i = Tensor(0, ms.int32)
         while i < self.grad_accum_every:
             if self.of_ngrams is None:
@@ -113,22 +117,15 @@ class TrainStep(nn.TrainOneStepCell):
                 loss, (of_rows, gradients) = self.loss_and_gradients(ops.gather(crops, i, 0), ops.gather(rows, i, 0))
                 rows = self.put(rows, i.reshape((1, 1)), of_rows.reshape((1, *of_rows.shape)))  # these are done with
             ops.assign_add(self.loss_sum, loss)
-            for j in range(len(gradients)):
-                ops.assign_add(self.gradient_sums[j], gradients[j])
+            for_each(ops.assign_add, self.gradient_sums, gradients)
             i = i + 1
         share = 1 / self.grad_accum_every
-        means = ()
-        for total in self.gradient_sums:
-            means = means + (total * share,)
-        return self.loss_sum * share, means, rows * share
+        return self.loss_sum * share, for_each(ops.partial(ops.mul, share), self.gradient_sums), rows * share
 
 
 def global_norm(tensors):
     """Square root of the sum of all squares."""
-    squares = ()
-    for tensor in tensors:
-        squares = squares + (sum_of_squares(tensor),)
-    return ops.sqrt(ops.addn(squares))
+    return ops.sqrt(ops.addn(for_each(sum_of_squares, tensors)))
 
 
 def compile_step(step, train):

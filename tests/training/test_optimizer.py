@@ -61,7 +61,8 @@ def trained(config, rates):
     for rate, gradients in zip(rates, GRADIENTS):
         if rate is not None:
             optimizer.learning_rate.set_data(Tensor(rate, ms.float32))
-        optimizer(tuple(Tensor(gradients[name], ms.float32) for name in SHAPES), Tensor(1.0, ms.float32))
+        ordered = tuple(Tensor(gradients[parameter.name], ms.float32) for parameter in optimizer.parameters)
+        optimizer(ordered, Tensor(1.0, ms.float32))
     return {parameter.name: parameter.asnumpy() for parameter in parameters}
 
 

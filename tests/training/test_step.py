@@ -3,13 +3,13 @@ import logging
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.dropout import Dropout
 from local_attention.training.checkpoint import tensors_of
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.evaluate import Evaluator
-from local_attention.training.optimizer import build_optimizer
+from local_attention.training.optimizer import build_optimizer, for_each, sum_of_squares
 from local_attention.training.step import LanguageModelLoss, TrainStep, compile_step
 from tests.training.toys import (
     TOKENS,
@@ -249,3 +249,26 @@ def test_n_grams_follow_their_own_rate():
     two = ngram_step(1, weights, ngram_lr=0.3)
     after, after3 = (take(step, CROPS[:1])[-1]["ngram_emb.embedding_table"] for step in (one, two))
     np.testing.assert_allclose(after3, 3 * after, atol=1e-5)
+
+
+class Many(nn.Cell):
+    """As many parameters as 21 layers have."""
+
+    def __init__(self):
+        super().__init__()
+        names = [f"layers.{i}.weight" for i in range(250)]
+        self.weights = ms.ParameterTuple([Parameter(Tensor(np.ones((2, 2)), ms.float32), name=name) for name in names])
+
+    def construct(self, crops, return_loss=False):
+        return ops.addn(for_each(sum_of_squares, self.weights))
+
+
+def test_a_step_of_many_parameters_compiles():
+    """Loops over them in the graph would nest deeper than MindSpore allows."""
+    model = Many()
+    config = OptimizerConfig("adamw", lr=0.1, weight_decay=0.5)
+    step = TrainStep(model, build_optimizer(config, model.trainable_params()), 2, 1e9).set_train()
+    loss, _, _, after = take(step, TOY_CROPS)
+    assert loss == 1000
+    assert len({value.tobytes() for value in after.values()}) == 1
+    np.testing.assert_allclose(after["layers.249.weight"], 1 - 0.1 * 0.5 - 0.1, atol=1e-4)
