@@ -86,7 +86,7 @@ def main(composed):
             dataset = crop_dataset(sampler, train, state.step, workers)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
-    workers.wait_for_all()  # the leading one saves
+    workers.require_same_weights(model.get_parameters())  # waits for the leading one, which saves
     if state.failure:
         raise errors.RunError(state.failure)
     if state.signal:

@@ -1,5 +1,6 @@
 """The processes that train one model together: MindSpore's data parallelism, started by ``msrun``."""
 
+import hashlib
 import logging
 import os
 import pickle
@@ -77,6 +78,19 @@ class Workers:
         for parameter in parameters:
             value = parameter.asnumpy()
             parameter.set_data(ms.Tensor(from_bits(ask(self.broadcast, as_bits(value)), value)))
+
+    def require_same_weights(self, parameters):
+        """Raise :class:`RunError` unless the parameters of all workers are identical to the bit."""
+        digest = hashlib.sha256()
+        for parameter in parameters:
+            digest.update(np.ascontiguousarray(parameter.asnumpy()))
+        log.debug(f"weights {digest.hexdigest()}")
+        everybody = self.gather(np.frombuffer(digest.digest(), np.uint8))
+        for rank, other in enumerate(everybody):
+            if (other != everybody[0]).any():
+                raise RunError(
+                    f"the weights of worker {rank} differ from those of worker 0: do all run the same program?"
+                )
 
     def wait_for_all(self):
         """Return when all workers have come here."""

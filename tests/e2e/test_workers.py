@@ -106,6 +106,13 @@ def test_two_workers_compute_what_one_with_twice_the_batch_does(commands, two):
     assert "DISTRIBUTED" not in out
 
 
+def test_the_weights_of_both_are_identical_to_the_bit(two):
+    logs = [(two[0] / name).read_text() for name in ("train.log", "worker-1.log")]
+    digests = [re.findall(r"weights ([0-9a-f]{64})", log) for log in logs]
+    assert len(digests[0]) == 1
+    assert digests[0] == digests[1]
+
+
 def test_worker_0_alone_writes_the_run_and_each_logs_to_its_own_file(two):
     run_dir, _ = two
     assert {path.name for path in run_dir.iterdir()} == {

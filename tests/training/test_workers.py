@@ -87,6 +87,21 @@ def test_parameters_become_those_of_rank_0():
             np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rank", [None, 1, 2])
+def test_weights_that_have_drifted_apart_are_an_error_naming_the_worker(rank):
+    def task(workers):
+        start = np.ones((2, 3), np.float32)
+        start[1, 2] += 1e-6 * (workers.rank == rank)
+        try:
+            workers.require_same_weights([Parameter(Tensor(start), name="a")])
+        except RunError as error:
+            return str(error)
+        return None
+
+    for complaint in together(3, task):
+        assert complaint is None if rank is None else f"worker {rank} differ from those of worker 0" in complaint
+
+
 CORPUS = Corpus("some", np.arange(200, dtype=np.uint8))
 
 
