@@ -42,10 +42,11 @@ def main(composed):
     step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm, workers.count)
     state = RunState(train.max_steps, train.max_minutes)
     if place.checkpoint:
-        meta = workers.share(lambda: checkpoint.read_meta(place.checkpoint))
+        tensors, meta = checkpoint.read(place.checkpoint) if workers.leads else (None, None)
+        meta = workers.share(lambda: meta)
         run_dir.check_same_run(config, corpus, meta, workers)
         if workers.leads:
-            checkpoint.restore(checkpoint.read(place.checkpoint)[0], model, optimizer)
+            checkpoint.restore(tensors, model, optimizer)
         state.load(meta)
         count_calls(model, state.step * train.grad_accum_every)
     workers.share_parameters(checkpoint.named_parameters(model, optimizer).values())

@@ -108,7 +108,7 @@ def seconds(step, place, workers):
 
 
 def table(steps):
-    """Lines of a Markdown table for name to :class:`Step`: share of the time that workers spend computing."""
+    """Lines of a Markdown table for name to :class:`Step`: milliseconds of computing and communicating."""
     lines = [
         "| recipe | sent | on | " + " | ".join(f"{n:,} worker{'s' * (n > 1)}" for n in WORKERS) + " |",
         "| --- | --- | --- |" + " --- |" * len(WORKERS),

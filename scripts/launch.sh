@@ -11,7 +11,7 @@ fi
 workers=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[[ -x $root/.venv/bin/python ]] && PATH=$root/.venv/bin:$PATH
+command -v msrun >/dev/null || PATH=$root/.venv/bin:$PATH # what make has set up, unless an environment is active
 if ! command -v msrun >/dev/null; then
     echo "error: expected msrun, which comes with MindSpore, in PATH: run make .venv/installed in $root" >&2
     exit 2

@@ -28,7 +28,7 @@ for_each = ops.Map()
 apply_adam = ops.Adam()
 
 
-def decay(factor, weight):
+def shrink(factor, weight):
     return ops.assign(weight, weight * factor)
 
 
@@ -82,7 +82,7 @@ class Adam(nn.Optimizer):
         rate, beta1, beta2 = self.get_lr() * taken, self.beta1 * taken + (1 - taken), self.beta2 * taken + (1 - taken)
         done = ()
         if self.decayed:
-            done = done + (for_each(ops.partial(decay, 1 - rate * self.decay), self.decayed),)
+            done = done + (for_each(ops.partial(shrink, 1 - rate * self.decay), self.decayed),)
         if self.own > 0:
             step = ops.partial(adam_step, beta1_power, beta2_power, rate, beta1, beta2, eps)
             own = self.own_weights, self.own_moment1, self.moment2, gradients[: self.own]

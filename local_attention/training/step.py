@@ -10,7 +10,6 @@ from local_attention.training.optimizer import Adam, for_each, sum_of_squares
 
 log = logging.getLogger("train")
 
-
 zero_for_nan = ops.NanToNum(0.0, 0.0, 0.0)
 
 

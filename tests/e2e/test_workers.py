@@ -6,7 +6,9 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,16 +27,14 @@ OVERRIDES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
 def loopback():
+    """Where there is none, as in some containers, msrun cannot start anything."""
     try:
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
     except OSError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(bool(loopback()), reason=f"msrun cannot bind the loopback: {loopback()}")
+        pytest.skip(f"msrun cannot bind the loopback: {error}")
 
 
 class Launched:
@@ -46,6 +46,7 @@ class Launched:
         self.process = subprocess.Popen(
             [str(ROOT / "scripts/launch.sh"), "2", *arguments],
             cwd=commands.folder,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,

@@ -73,8 +73,7 @@ def program():
     running = []
 
     def start(wait):
-        source = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # nohup ignores it
-        source += PROGRAM.format(wait=wait)
+        source = PROGRAM.format(wait=wait)
         running.append(subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert running[-1].stdout.readline() == "ready\n"
         return running[-1]
