@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import expand_streams, reduce_streams
+from local_attention.kernels import LayerKernels, can_use_kernels
 from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE
 from local_attention.rotary import rotation_matrices, xpos_decay
 from local_attention.sampling import Sampler, sampling_rule
@@ -34,9 +35,10 @@ class CachedStep(nn.Cell):
         count: tokens a call.
         rings: keys and values of all layers, each ``(b * heads * slots, d)``.
         global_steps: the :func:`decoding_cells` of the model.
+        use_kernels: compute the layers by the operators in C++ of :mod:`kernels`; for a count of 1.
     """
 
-    def __init__(self, model, batch, count, rings, global_steps):
+    def __init__(self, model, batch, count, rings, global_steps, use_kernels):
         super().__init__(auto_prefix=False)
         self.model = model
         mha = model.layers[0].attention
@@ -46,6 +48,9 @@ class CachedStep(nn.Cell):
         self.batch, self.rows, self.count, self.d = batch, batch * mha.heads, count, mha.dim_head
         self.ring = (self.rows, self.keys[0].shape[0] // self.rows, self.d)
         self.scale = score_scale(mha)
+        self.kernels = None
+        if use_kernels:
+            self.kernels = nn.CellList([LayerKernels(layer, self.scale) for layer in model.layers], auto_prefix=False)
         self.split_heads = Rearrange("(b n) (h d) -> (b h n) d", b=batch, h=mha.heads)
         self.tokens_first = Rearrange("(b h n) d -> n (b h) d", n=count, b=batch)
         self.tokens_last = Rearrange("n g d -> (g n) d")
@@ -92,11 +97,15 @@ class CachedStep(nn.Cell):
                 inserted = inserted + 1
             taken, x, beta = layer.attention_connection.before(x)
             out = self.attend(i, layer.attention, taken, slots, bias, turn_query, turn_key, decay)
-            x = layer.feed(layer.attention_connection.after(out, x, beta))
+            x = layer.attention_connection.after(out, x, beta)
+            taken, x, beta = layer.feed_forward_connection.before(x)
+            x = layer.feed_forward_connection.after(self.feed_forward(i, layer, taken), x, beta)
         logits = self.model.logits(reduce_streams(x, self.model.streams))
         return logits.reshape((self.batch, self.count, -1))
 
     def attend(self, i, mha, x, slots, bias, turn_query, turn_key, decay):
+        if self.kernels is not None:
+            return self.kernels[i].attend(x, self.keys[i], self.values[i], slots, bias, turn_query, turn_key, decay)
         q, k, v, gates = mha.project(x)
         q, k, v = [self.split_heads(t) for t in (q, k, v)]
         if self.l2_norm is not None:
@@ -115,6 +124,11 @@ class CachedStep(nn.Cell):
         self.write(self.keys[i], slots, ops.depend(k, out))
         self.write(self.values[i], slots, ops.depend(v, out))
         return mha.merge(out, gates)
+
+    def feed_forward(self, i, layer, x):
+        if self.kernels is not None:
+            return self.kernels[i].feed_forward(x)
+        return layer.feed_forward(x)
 
     def look(self, q, keys, values, bias, decay):
         if self.rel_pos is not None and self.use_xpos:
@@ -172,7 +186,8 @@ class CachedLoop(nn.Cell):
             logits = self.step(tokens, before, *of_step)
             if self.step.model.ngram_emb is not None:
                 before = ops.cat((before, 1 + tokens.reshape((-1, 1))), 1)[:, 1:]
-            drawn = self.sampler(logits[:, 0], ops.gather(uniforms, i, 0), inverse_temperature, rank_bias, top_p)
+            logits = logits.reshape((self.step.batch, -1))
+            drawn = self.sampler(logits, ops.gather(uniforms, i, 0), inverse_temperature, rank_bias, top_p)
             self.write(self.drawn, i.reshape(1), drawn.reshape((1, -1)))
             self.write(self.logits, i.reshape(1), logits.reshape((1, self.step.batch, -1)))
             i = i + 1
@@ -303,14 +318,21 @@ class Decoder(Context):
         chunk_from: how many are many. Below, they are fed one by one, and nothing is compiled for them. With global
             layers tokens are always fed one by one.
         burst: the most tokens that are fed one by one in a call of the graph.
+        use_kernels: feed them through the operators in C++ of :mod:`kernels`; None: where these can be used.
 
     Raises:
-        ValueError: as :class:`Context`, and for a model with global layers that cannot be fed token by token, see
-            :func:`decoding_cells`.
+        ValueError: as :class:`Context`; for a model with global layers that cannot be fed token by token, see
+            :func:`decoding_cells`; for ``use_kernels`` where they cannot be used.
     """
 
-    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=CHUNK_FROM, burst=BURST):
+    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=CHUNK_FROM, burst=BURST, use_kernels=None):
         super().__init__(model, batch)
+        if use_kernels and not can_use_kernels(model):
+            raise ValueError(
+                "expected use_kernels=False: the operators need a C++ compiler when pip installs this package, a CPU, "
+                "and a model in float32"
+            )
+        self.use_kernels = can_use_kernels(model) if use_kernels is None else use_kernels
         if not can_be_cached(model):
             raise ValueError(
                 "expected a global_attn_layer with a method decoding_cell, as it is to be fed token by token"
@@ -398,7 +420,8 @@ class Decoder(Context):
         return drawn.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
 
     def new_step(self, count):
-        return CachedStep(self.model, self.batch, count, self.rings, self.global_steps)
+        use_kernels = self.use_kernels and count == 1
+        return CachedStep(self.model, self.batch, count, self.rings, self.global_steps, use_kernels)
 
     def inputs(self, position, steps, count, kept):
         """The arguments of :class:`CachedStep` that depend on positions, for ``steps`` steps of ``count`` tokens.

@@ -10,6 +10,7 @@ from mindspore import nn, ops
 
 from local_attention import LocalTransformer
 from local_attention.decode import Decoder, UncachedContext, generate_tokens, keys_seen
+from local_attention.kernels import library
 from tests.local_attention.cells import both_modes, examples, randomise, run, tensor
 
 SIZES = dict(num_tokens=11, max_seq_len=32, dim=6, depth=1, local_attn_window_size=3, dim_head=4, heads=2, ff_mult=2)
@@ -31,8 +32,14 @@ def fed(decoder, x):
     return np.stack([decoder.feed(column) for column in x.T], 1)
 
 
-def assert_cached_equals_full(model, x, batch):
-    np.testing.assert_allclose(fed(Decoder(model, batch), x), run(model, x), atol=1e-4)
+def assert_cached_equals_full(model, x, batch, **options):
+    np.testing.assert_allclose(fed(Decoder(model, batch, **options), x), run(model, x), atol=1e-4)
+
+
+needs_kernels = pytest.mark.skipif(library() is None, reason="pip found no C++ compiler to build kernels.cpp")
+with_and_without_kernels = pytest.mark.parametrize(
+    "use_kernels", [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="operators")]
+)
 
 
 NGRAMS = dict(max_ngram=4, ngram_buckets=97, ngram_dim=3)
@@ -67,14 +74,41 @@ CONFIGURATIONS = {
 }
 
 
+@with_and_without_kernels
 @pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_cached_logits_equal_the_full_pass_token_after_token(options):
-    assert_cached_equals_full(transformer(**options), texts(2, 14), 2)
+def test_cached_logits_equal_the_full_pass_token_after_token(options, use_kernels):
+    assert_cached_equals_full(transformer(**options), texts(2, 14), 2, use_kernels=use_kernels)
 
 
 @both_modes
-def test_cached_logits_equal_the_full_pass_in_both_modes(mode):
-    assert_cached_equals_full(transformer(), texts(2, 13), 2)
+@with_and_without_kernels
+def test_cached_logits_equal_the_full_pass_in_both_modes(mode, use_kernels):
+    assert_cached_equals_full(transformer(), texts(2, 13), 2, use_kernels=use_kernels)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "dim", "heads", "dim_head"), [(8, 37, 2, 17), (19, 70, 5, 8), (1, 96, 1, 64)])
+def test_the_kernels_compute_what_the_operators_do_for_sizes_that_fill_no_vectors(batch, dim, heads, dim_head):
+    sizes = dict(dim=dim, heads=heads, dim_head=dim_head, local_attn_window_size=21, ff_mult=3)
+    model, x = transformer(use_rotary_pos_emb=False, **sizes), texts(batch, 30)
+    with_kernels, without = (fed(Decoder(model, batch, use_kernels=use), x) for use in (True, False))
+    np.testing.assert_allclose(with_kernels, without, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_the_kernels_give_the_same_bits_again_and_again():
+    model, x = transformer(dim=96, heads=4, dim_head=64), texts(3, 20)
+    first = fed(Decoder(model, 3), x)
+    for _ in range(5):
+        np.testing.assert_array_equal(fed(Decoder(model, 3), x), first)
+
+
+def test_the_kernels_are_refused_where_they_cannot_be_used():
+    model = transformer()
+    model.layers[0].attention.to_q.weight.set_dtype(ms.float16)
+    assert not Decoder(model).use_kernels
+    with pytest.raises(ValueError, match="expected use_kernels=False"):
+        Decoder(model, use_kernels=True)
 
 
 @given(
@@ -99,16 +133,17 @@ def test_cached_logits_equal_the_full_pass_in_both_modes(mode):
             ngram_dim=st.integers(1, 3),
         )
     ),
-    batch=st.integers(1, 3),
+    batch=st.integers(1, 9),
     chunk=st.integers(1, 7),
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    use_kernels=st.sampled_from([None, False]),
 )
 @examples(9)
-def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, pieces):
+def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, pieces, use_kernels):
     model = transformer(**options)
     length = max(4 * options["local_attn_window_size"] + 2, sum(pieces))
     x = texts(batch, min(length, 32))
-    decoder = Decoder(model, batch, chunk=chunk, chunk_from=2)
+    decoder = Decoder(model, batch, chunk=chunk, chunk_from=2, use_kernels=use_kernels)
     logits, rest = [], x
     for piece in [*pieces, length]:  # in pieces, one by one where a piece is a single token
         if rest.shape[1]:

@@ -1,0 +1,392 @@
+// One token's attention to the cache, and its feed-forward, each as one operator of MindSpore on a CPU: kernels.py.
+//
+// A token needs every weight once, so it takes at least as long as reading them from memory. Of MindSpore's own
+// operators, 25 a layer at about 10 µs each, it takes twice as long.
+//
+// Numbers are float32 unless said otherwise, tensors contiguous. Threads share the rows of weights and the heads. Each
+// sum is made by one thread, so results depend neither on how many there are nor on which is faster.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+namespace {
+
+// Functions that do most of the work are compiled for several kinds of processors, of which the loader takes the best.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+#define INLINE __attribute__((always_inline)) inline  // into those functions, to be compiled like them
+
+constexpr int64_t kCacheLine = 64;  // bytes
+constexpr int64_t kBlock = 32;      // rows of weights that a thread takes at once
+constexpr int64_t kAhead = 2048;    // numbers between what a thread reads and what it asks the memory for
+
+int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
+// Threads that help with loops whose turns do not depend on each other. Whoever is free takes the next turn, and idle
+// helpers make room for others at once and soon sleep: MindSpore's threads want to run, too. With OpenMP, whose threads
+// keep a core busy while they wait, every fourth token took twice the time.
+class Team {
+ public:
+  static Team &instance() {
+    static Team *team = new Team;  // never deleted: its threads run as long as the process
+    return *team;
+  }
+
+  // Call turn(0), …, turn(count - 1), with count < 2²⁰, and return when all have returned.
+  template <typename Turn>
+  void each(int64_t count, const Turn &turn) {
+    std::unique_lock<std::mutex> free(busy_, std::try_to_lock);
+    if (!free) {  // it helps another thread
+      for (int64_t i = 0; i < count; ++i) turn(i);
+      return;
+    }
+    call_ = [](const void *turn, int64_t i) { (*static_cast<const Turn *>(turn))(i); };
+    turn_ = &turn;
+    returned_ = 0;
+    ticket_ = ((ticket_ >> 2 * kBits) + 1) << 2 * kBits | uint64_t(count) << kBits;
+    if (sleeping_ > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    while (take_turn()) {
+    }
+    while (returned_ < count) std::this_thread::yield();
+  }
+
+ private:
+  Team() {
+    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMostThreads);
+    for (int64_t i = 1; i < threads; ++i) std::thread([this] { help(); }).detach();
+  }
+
+  bool take_turn() {
+    uint64_t ticket = ticket_;
+    while (turns_left(ticket)) {
+      // They belong to this ticket if it is still the newest, as the exchange finds out.
+      const auto call = call_.load();
+      const void *turn = turn_;
+      if (ticket_.compare_exchange_weak(ticket, ticket + 1)) {
+        call(turn, ticket & kMask);
+        ++returned_;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  static bool turns_left(uint64_t ticket) { return (ticket & kMask) < (ticket >> kBits & kMask); }
+
+  void help() {
+    auto last = std::chrono::steady_clock::now();
+    for (;;) {
+      const auto now = std::chrono::steady_clock::now();
+      if (take_turn()) {
+        last = now;
+      } else if (now - last < kPatience) {
+        std::this_thread::yield();
+      } else {
+        std::unique_lock<std::mutex> lock(sleep_);
+        ++sleeping_;
+        wake_.wait(lock, [this] { return turns_left(ticket_); });
+        --sleeping_;
+      }
+    }
+  }
+
+  static constexpr int64_t kMostThreads = 8;  // fewer take all that the memory gives
+  static constexpr auto kPatience = std::chrono::microseconds(100);  // longer than from one operator to the next
+  static constexpr int kBits = 20;
+  static constexpr uint64_t kMask = (1 << kBits) - 1;
+  std::mutex busy_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<int64_t> sleeping_{0}, returned_{0};
+  std::atomic<uint64_t> ticket_{0};  // from the highest bits on: a loop's number, its turns, those of them taken
+  std::atomic<void (*)(const void *, int64_t)> call_{nullptr};
+  std::atomic<const void *> turn_{nullptr};
+};
+
+// A matrix whose rows begin with a line of the cache: else every second access to them would touch two.
+class Rows {
+ public:
+  Rows(int64_t rows, int64_t columns)
+      : stride((columns * sizeof(float) + kCacheLine - 1) / kCacheLine * kCacheLine / sizeof(float)),
+        numbers_(static_cast<float *>(std::aligned_alloc(kCacheLine, rows * stride * sizeof(float))), std::free) {}
+  float *operator[](int64_t row) const { return numbers_.get() + row * stride; }
+  const int64_t stride;
+
+ private:
+  std::unique_ptr<float, decltype(&std::free)> numbers_;
+};
+
+INLINE void prefetch(const float *x, int64_t n) {
+  for (int64_t c = 0; c < n; c += kCacheLine / sizeof(float)) __builtin_prefetch(x + c);
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+  float sum = 0;
+  for (int64_t c = 0; c < n; ++c) sum += a[c] * b[c];
+  return sum;
+}
+
+// The products of a row and eight others, x_stride apart: of the many, the one is read once.
+INLINE void eight_dots(const float *row, const float *x, int64_t x_stride, int64_t n, float *out, int64_t out_stride) {
+  const float *x1 = x + x_stride, *x2 = x1 + x_stride, *x3 = x2 + x_stride, *x4 = x3 + x_stride, *x5 = x4 + x_stride,
+              *x6 = x5 + x_stride, *x7 = x6 + x_stride;
+  float sum = 0, sum1 = 0, sum2 = 0, sum3 = 0, sum4 = 0, sum5 = 0, sum6 = 0, sum7 = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    sum += row[c] * x[c];
+    sum1 += row[c] * x1[c];
+    sum2 += row[c] * x2[c];
+    sum3 += row[c] * x3[c];
+    sum4 += row[c] * x4[c];
+    sum5 += row[c] * x5[c];
+    sum6 += row[c] * x6[c];
+    sum7 += row[c] * x7[c];
+  }
+  const float sums[] = {sum, sum1, sum2, sum3, sum4, sum5, sum6, sum7};
+  for (int64_t i = 0; i < 8; ++i) out[i * out_stride] = sums[i];
+}
+
+// to += factor * x, of n numbers.
+INLINE void add_multiple(float *to, float factor, const float *x, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) to[c] += factor * x[c];
+}
+
+// to += factors[0] * x[0] + … + factors[7] * x[7], of eight rows of n numbers.
+INLINE void add_eight_multiples(float *to, const float *factors, const float *x, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) {
+    to[c] += factors[0] * x[c] + factors[1] * x[n + c] + factors[2] * x[2 * n + c] + factors[3] * x[3 * n + c] +
+             factors[4] * x[4 * n + c] + factors[5] * x[5 * n + c] + factors[6] * x[6 * n + c] + factors[7] * x[7 * n + c];
+  }
+}
+
+// The columns begin … end - 1 of out = x weightᵀ, weight: (…, n).
+FOR_EACH_PROCESSOR void multiply(const Rows &x, int64_t batch, const float *weight, int64_t n, int64_t begin,
+                                 int64_t end, float *out, int64_t out_stride) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float *row = weight + r * n;
+    prefetch(row + kAhead, n);
+    int64_t i = 0;
+    for (; i + 8 <= batch; i += 8) eight_dots(row, x[i], x.stride, n, out + i * out_stride + r, out_stride);
+    for (; i < batch; ++i) out[i * out_stride + r] = dot(row, x[i], n);
+  }
+}
+
+// LayerNorm of x: (batch, n).
+FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const float *beta, int64_t batch, int64_t n,
+                                   const Rows &out) {
+  for (int64_t i = 0; i < batch; ++i) {
+    const float *row = x + i * n;
+    float *normed = out[i], mean = 0, variance = 0;
+    for (int64_t c = 0; c < n; ++c) mean += row[c];
+    mean /= n;
+    for (int64_t c = 0; c < n; ++c) variance += (row[c] - mean) * (row[c] - mean);
+    const float scale = 1 / std::sqrt(variance / n + 1e-5f);
+    for (int64_t c = 0; c < n; ++c) normed[c] = (row[c] - mean) * scale * gamma[c] + beta[c];
+  }
+}
+
+// e**x for x <= 0, within 2e-7. Of this a loop becomes vector instructions, of std::exp not.
+INLINE float exp_of_negative(float x) {
+  x = std::max(x, -87.0f);  // what is less is lost beside the largest score's e**0
+  const int32_t power = int32_t(x * 1.44269504f - 0.5f), bits = (power + 127) << 23;
+  const float r = x - power * 0.693147181f;
+  float two_to_the_power;
+  std::memcpy(&two_to_the_power, &bits, sizeof bits);
+  return two_to_the_power * (((((r / 720 + 1 / 120.0f) * r + 1 / 24.0f) * r + 1 / 6.0f) * r + 0.5f) * r * r + r + 1);
+}
+
+// The error function within 4e-7, for the same reason: a quotient fitted to it between -4 and 4, where it is ±1.
+INLINE float erf(float x) {
+  x = std::min(std::max(x, -4.0f), 4.0f);
+  const float t = x * x;
+  const float above = ((((1.97483246e-6f * t + 2.88039302e-4f) * t + 4.00358074e-3f) * t + 5.34672755e-2f) * t +
+                       0.196247551f) * t + 1.12837898f;
+  const float below = ((((3.7480776e-5f * t + 1.21634288e-3f) * t + 1.54442922e-2f) * t + 0.116475824f) * t +
+                       0.507251023f) * t + 1;
+  return x * above / below;
+}
+
+// value *= gelu(gate), the exact GELU.
+FOR_EACH_PROCESSOR void geglu(float *value, const float *gate, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) value[c] *= gate[c] * (0.5f + 0.5f * erf(gate[c] * 0.707106781f));
+}
+
+// x with unit length, times the numbers of scale, if there are any.
+INLINE void normalise(float *x, const float *scale, int64_t d) {
+  const float inverse_length = 1 / std::sqrt(std::max(dot(x, x, d), 1e-24f));
+  for (int64_t c = 0; c < d; ++c) x[c] *= inverse_length * (scale ? scale[c] : 1);
+}
+
+// out = x matrix, matrix: (d, d).
+INLINE void turn(const float *x, const float *matrix, int64_t d, float *out) {
+  std::fill_n(out, d, 0.0f);
+  int64_t j = 0;
+  for (; j + 8 <= d; j += 8) add_eight_multiples(out, x + j, matrix + j * d, d);
+  for (; j < d; ++j) add_multiple(out, x[j], matrix + j * d, d);
+}
+
+// One head, and the `span` keys and values of d numbers that it sees.
+struct Head {
+  int64_t span, d;
+  const float *turn_query, *turn_key;  // (d, d)
+  const float *q_scale, *k_scale;      // (d), or null
+  bool unit_keys;
+  const float *decay;          // (span, d), or null
+  const float *bias;           // (span)
+  float *keys, *values;        // (span, d)
+  int64_t own;                 // the slot of these that takes the new ones
+};
+
+// From the projections q, k, v to out, each of d numbers; scratch has room for d + span.
+FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float *v, float *scratch, float *out) {
+  const int64_t span = head.span, d = head.d;
+  float *query = scratch, *scores = scratch + d;
+  if (head.q_scale) {
+    normalise(q, head.q_scale, d);
+    normalise(k, head.k_scale, d);
+  }
+  if (head.unit_keys) normalise(k, nullptr, d);
+  turn(q, head.turn_query, d, query);
+  turn(k, head.turn_key, d, head.keys + head.own * d);
+  std::copy_n(v, d, head.values + head.own * d);
+  int64_t s = 0;
+  if (head.decay) {
+    for (; s < span; ++s) {
+      const float *key = head.keys + s * d, *decay = head.decay + s * d;
+      scores[s] = 0;
+      for (int64_t c = 0; c < d; ++c) scores[s] += query[c] * (key[c] * decay[c]);
+    }
+  } else {
+    for (; s + 8 <= span; s += 8) {
+      prefetch(head.keys + s * d + kAhead, 8 * d);
+      eight_dots(query, head.keys + s * d, d, d, scores + s, 1);
+    }
+    for (; s < span; ++s) scores[s] = dot(query, head.keys + s * d, d);
+  }
+  float largest = -INFINITY, total = 0;
+  for (s = 0; s < span; ++s) scores[s] += head.bias[s];
+  for (s = 0; s < span; ++s) largest = std::max(largest, scores[s]);
+  for (s = 0; s < span; ++s) scores[s] = exp_of_negative(scores[s] - largest);
+  for (s = 0; s < span; ++s) total += scores[s];
+  for (s = 0; s < span; ++s) scores[s] /= total;
+  std::fill_n(out, d, 0.0f);
+  for (s = 0; s + 8 <= span; s += 8) {
+    prefetch(head.values + s * d + kAhead, 8 * d);
+    add_eight_multiples(out, scores + s, head.values + s * d, d);
+  }
+  for (; s < span; ++s) add_multiple(out, scores[s], head.values + s * d, d);
+}
+
+// The arguments of an operator as MindSpore hands them over: its inputs, then its outputs.
+struct Tensors {
+  void **data;
+  const int *axes;
+  int64_t **shapes;
+
+  float *operator[](int i) const { return static_cast<float *>(data[i]); }
+  const int32_t *integers(int i) const { return static_cast<const int32_t *>(data[i]); }
+  // What is not there is a tensor of a single axis.
+  float *optional(int i) const { return axes[i] > 1 ? (*this)[i] : nullptr; }
+};
+
+}  // namespace
+
+#define OPERATOR(name) \
+  extern "C" int name(int, void **data, int *axes, int64_t **shapes, const char **, void *, void *)
+
+// One token of each of b texts through LocalMHA.
+OPERATOR(attend_to_cache) {
+  enum {
+    kX,                    // (b, dim)
+    kGamma, kBeta,         // (1, dim)
+    kToQ, kToK, kToV,      // (h d, dim)
+    kToOut,                // (dim, h d)
+    kToGate,               // optional (h, dim)
+    kGateBias,             // (h)
+    kQScale, kKScale,      // optional (1, d)
+    kUnitKeys,             // (1) int32: whether keys get unit length
+    kTurnQuery, kTurnKey,  // (1, d, d)
+    kBias,                 // (1 or b h, 1, span)
+    kDecay,                // optional (1, span, d)
+    kKeys, kValues,        // (b h span, d), into which the new ones are written
+    kSlots,                // (b h) int32: in these rows
+    kOut,                  // (b, dim)
+  };
+  const Tensors tensors{data, axes, shapes};
+  const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToQ][0], d = shapes[kKeys][1],
+                heads = inner / d, span = shapes[kKeys][0] / (batch * heads);
+  const float *to_gate = tensors.optional(kToGate);
+  const Rows normed(batch, dim), q(batch, inner), k(batch, inner), v(batch, inner), merged(batch, inner),
+      scratch(batch * heads, d + span);
+  Team &team = Team::instance();
+
+  layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
+  const float *const weights[] = {tensors[kToQ], tensors[kToK], tensors[kToV]};
+  const Rows *const projections[] = {&q, &k, &v};
+  team.each(3 * blocks(inner), [&](int64_t i) {
+    const int64_t which = i / blocks(inner), begin = i % blocks(inner) * kBlock, end = std::min(begin + kBlock, inner);
+    multiply(normed, batch, weights[which], dim, begin, end, (*projections[which])[0], q.stride);
+  });
+  team.each(batch * heads, [&](int64_t row) {
+    const int64_t text = row / heads, h = row % heads;
+    Head head;
+    head.span = span, head.d = d;
+    head.turn_query = tensors[kTurnQuery], head.turn_key = tensors[kTurnKey];
+    head.q_scale = tensors.optional(kQScale), head.k_scale = tensors.optional(kKScale);
+    head.unit_keys = tensors.integers(kUnitKeys)[0];
+    head.decay = tensors.optional(kDecay);
+    head.bias = tensors[kBias] + (shapes[kBias][0] > 1 ? row * span : 0);
+    head.keys = tensors[kKeys] + row * span * d, head.values = tensors[kValues] + row * span * d;
+    head.own = tensors.integers(kSlots)[row] - row * span;
+    float *out = merged[text] + h * d;
+    attend(head, q[text] + h * d, k[text] + h * d, v[text] + h * d, scratch[row], out);
+    if (to_gate) {
+      const float gate = dot(normed[text], to_gate + h * dim, dim) + tensors[kGateBias][h];
+      for (int64_t c = 0; c < d; ++c) out[c] /= 1 + std::exp(-gate);
+    }
+  });
+  team.each(blocks(dim), [&](int64_t i) {
+    multiply(merged, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
+  });
+  return 0;
+}
+
+// One token of each of b texts through FeedForward.
+OPERATOR(feed_forward) {
+  enum {
+    kX,                 // (b, dim)
+    kGamma, kBeta,      // (1, dim)
+    kToValue, kToGate,  // (inner, dim)
+    kToOut,             // (dim, inner)
+    kOut,               // (b, dim)
+  };
+  const Tensors tensors{data, axes, shapes};
+  const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
+  const Rows normed(batch, dim), values(batch, inner), gates(batch, inner);
+  Team &team = Team::instance();
+
+  layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
+  team.each(blocks(inner), [&](int64_t i) {
+    const int64_t begin = i * kBlock, end = std::min(begin + kBlock, inner);
+    multiply(normed, batch, tensors[kToValue], dim, begin, end, values[0], values.stride);
+    multiply(normed, batch, tensors[kToGate], dim, begin, end, gates[0], gates.stride);
+    for (int64_t row = 0; row < batch; ++row) geglu(values[row] + begin, gates[row] + begin, end - begin);
+  });
+  team.each(blocks(dim), [&](int64_t i) {
+    multiply(values, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
+  });
+  return 0;
+}
