@@ -17,7 +17,8 @@ from local_attention.sampling import Sampler, sampling_rule
 from local_attention.windows import hide, visible
 
 CHUNK = 256  # tokens of a prompt that one graph takes at once
-CHUNK_FROM = 256  # tokens from which on compiling that graph is worth while
+# Tokens from which on compiling that graph, which takes as long as a thousand tokens with kernels.cpp, is worth while
+CHUNK_FROM, CHUNK_FROM_WITH_KERNELS = 256, 1024
 BURST = 16  # tokens that one call of a graph may draw, one after another: 8.3 ms a token one by one, 6.5 in bursts
 
 
@@ -266,9 +267,9 @@ class Context:
             ``(b, m)`` int32.
         """
         tokens, drawn = np.asarray(tokens, np.int32), []
-        if tokens.shape[1] > 1:
-            self.feed(tokens[:, :-1])
-        newest = tokens[:, -1:]
+        newest, tokens = tokens[:, -1:], self.skip_forgotten(tokens[:, :-1])
+        if tokens.shape[1]:
+            self.feed(tokens)
         with in_evaluation(self.model):
             while uniforms.shape[1]:
                 drawn.append(self.draw_some(newest[:, 0], uniforms[:, : self.room(uniforms.shape[1])], rule))
@@ -276,6 +277,17 @@ class Context:
                 self.count(np.concatenate([newest, drawn[-1][:, :-1]], 1))
                 newest, uniforms = drawn[-1][:, -1:], uniforms[:, some:]
         return np.concatenate(drawn, 1)
+
+    def skip_forgotten(self, tokens):
+        """Append those of ``tokens: (b, n)`` that the context's last start leaves behind, and return the others."""
+        beyond = 0 if self.limit is None else self.position + tokens.shape[1] - self.limit
+        if beyond <= 0:
+            return tokens
+        between_starts = self.limit - self.limit // 2
+        others = 1 + (beyond - 1) % between_starts
+        self.count(tokens[:, :-others])
+        self.position = self.limit
+        return tokens[:, -others:]
 
     def room(self, count):
         """How many of ``count`` more tokens the context takes before it starts again; it does so here, if it must."""
@@ -315,8 +327,8 @@ class Decoder(Context):
     Args:
         model, batch: see :class:`Context`.
         chunk: tokens that are fed at once where many come together.
-        chunk_from: how many are many. Below, they are fed one by one, and nothing is compiled for them. With global
-            layers tokens are always fed one by one.
+        chunk_from: how many are many; None: ``CHUNK_FROM``, with kernels ``CHUNK_FROM_WITH_KERNELS``. Below, they are
+            fed one by one, and nothing is compiled for them. With global layers tokens are always fed one by one.
         burst: the most tokens that are fed one by one in a call of the graph.
         use_kernels: feed them through the operators in C++ of :mod:`kernels`; None: where these can be used.
 
@@ -325,7 +337,7 @@ class Decoder(Context):
             :func:`decoding_cells`; for ``use_kernels`` where they cannot be used.
     """
 
-    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=CHUNK_FROM, burst=BURST, use_kernels=None):
+    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=None, burst=BURST, use_kernels=None):
         super().__init__(model, batch)
         if use_kernels and not can_use_kernels(model):
             raise ValueError(
@@ -344,6 +356,8 @@ class Decoder(Context):
         if self.attention.rel_pos is not None and self.attention.use_xpos:
             # over a longer chunk the decay, 3.5 ** (chunk / base), would leave float32's range
             chunk = max(1, min(chunk, int(55 * self.attention.rel_pos.scale_base)))
+        if chunk_from is None:
+            chunk_from = CHUNK_FROM_WITH_KERNELS if self.use_kernels else CHUNK_FROM
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
         self.size = keys_seen(mha.attention)
         shape = (self.rows * (self.size + 1), self.d)

@@ -1,11 +1,11 @@
-"""How fast text is generated: this project, PyTorch's ``local-attention``, and the floor that memory sets.
+"""How fast text is generated: this project with and without kernels.cpp, PyTorch's ``local-attention``, the floor.
 
     python scripts/benchmark_generate.py                    # batch 1, the base model with random weights
     python scripts/benchmark_generate.py --batch 8
     python scripts/benchmark_generate.py --tokens 10000 --rounds 1
 
-Each of the three has a process of its own, as the threads of two frameworks in one process get into each other's way;
-their rounds alternate. The figures are medians over groups of 16 tokens of the time that a token takes, sampling
+Each has a process of its own, as the threads of two frameworks in one process get into each other's way; their rounds
+alternate. The figures are medians over groups of 16 tokens of the time that a token takes, sampling
 included. The floor is the time that the bytes of the weights take at the bandwidth that a large matrix-vector product
 reaches: each token needs every weight once. PyTorch is measured where the parity extra is installed:
 ``pip install -e '.[parity]'``.
@@ -25,7 +25,12 @@ from scripts.benchmarking import Worker, elapsed, work
 
 PROMPT = 300  # more than a window
 GROUP = 16  # tokens timed together: this project draws as many in one call of its graph
-NAMES = {"floor": "floor: reading the weights", "ours": "this project", "original": "PyTorch local-attention"}
+NAMES = {
+    "floor": "floor: reading the weights",
+    "ours": "this project",
+    "operators": "without kernels.cpp",
+    "original": "PyTorch local-attention",
+}
 
 
 def model_options(arguments):
@@ -62,7 +67,7 @@ def token_times(token, count):
     return [elapsed(group) / GROUP for _ in range(count // GROUP)]
 
 
-def ours(arguments):
+def ours(arguments, use_kernels=None):
     """Rounds of this project."""
     import mindspore as ms
 
@@ -70,12 +75,18 @@ def ours(arguments):
     from local_attention.decode import Decoder, generate_tokens
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    decoder = Decoder(LocalTransformer(**model_options(arguments)).set_train(False), arguments.batch)
+    model = LocalTransformer(**model_options(arguments)).set_train(False)
+    decoder = Decoder(model, arguments.batch, use_kernels=use_kernels)
     while True:
         drawn = generate_tokens(decoder, prompt(), None)
         for _ in range(2 * GROUP - 1):  # after the prompt and the first, smaller bursts
             next(drawn)
         yield token_times(lambda drawn=drawn: next(drawn), arguments.tokens)
+
+
+def operators(arguments):
+    """Rounds of this project where no compiler was found, or on other devices."""
+    return ours(arguments, use_kernels=False)
 
 
 def original(arguments):
@@ -125,9 +136,11 @@ def main():
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return work({"floor": floor, "ours": ours, "original": original}[arguments.worker](arguments))
+        workers = {"floor": floor, "ours": ours, "operators": operators, "original": original}
+        return work(workers[arguments.worker](arguments))
 
-    names = [name for name in NAMES if name != "original" or find_spec("torch")]
+    there = {"operators": find_spec("local_attention._kernels"), "original": find_spec("torch")}
+    names = [name for name in NAMES if there.get(name, True)]
     workers = {name: Worker(name) for name in names}
     begin = {name: worker.round() for name, worker in workers.items()}
     rounds = {name: [] for name in names}

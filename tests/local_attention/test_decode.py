@@ -188,6 +188,45 @@ def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(li
         assert cached.position == full.position <= limit
 
 
+@given(limit=st.integers(1, 7), prompt=st.integers(1, 30), fed_before=st.integers(0, 9))
+@examples(20)
+def test_of_a_prompt_beyond_max_seq_len_only_what_counts_is_computed(limit, prompt, fed_before):
+    contexts = [StandIn(long_model(limit), 1) for _ in range(2)]
+    for context in contexts:
+        if fed_before:
+            context.feed(texts(1, fed_before, seed=1))
+        context.fed = 0
+    text, uniforms = texts(1, prompt), np.zeros((1, 1))
+    contexts[0].draw(text, uniforms, None)
+    if prompt > 1:
+        contexts[1].feed(text[:, :-1])
+    contexts[1].draw(text[:, -1:], uniforms, None)
+    one, other = contexts
+    assert one.context == other.context and one.length == other.length and one.position == other.position
+    assert one.fed <= min(other.fed, 2 * limit)
+
+
+@cache
+def long_model(limit):
+    return transformer(max_seq_len=limit)
+
+
+class StandIn(UncachedContext):
+    """Computes nothing, but notes how many tokens it would have, and which the newest one sees."""
+
+    def advance(self, tokens):
+        self.text = np.concatenate([self.text, tokens], 1)
+        self.fed += tokens.shape[1]
+        return np.zeros((*tokens.shape, 11), np.float32)
+
+    def draw_some(self, tokens, uniforms, rule):
+        self.advance(tokens[:, None])
+        self.context = self.text.tolist()
+        return tokens[:, None]
+
+    fed = 0
+
+
 def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
     model = transformer(attn_dropout=0.5, ff_dropout=0.5)
     wanted = run(model.set_train(False), texts(1, 6))
