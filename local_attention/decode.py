@@ -108,14 +108,15 @@ class CachedStep(nn.Cell):
         if self.kernels is not None:
             return self.kernels[i].attend(x, self.keys[i], self.values[i], slots, bias, turn_query, turn_key, decay)
         q, k, v, gates = mha.project(x)
-        q, k, v = [self.split_heads(t) for t in (q, k, v)]
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
         if self.l2_norm is not None:
             k = self.l2_norm(k)
         if self.rel_pos is None:
             q = q * self.scale
         else:
             q, k = self.turn(q, turn_query), self.turn(k, turn_key)
-        q, own_k, own_v = [t.reshape((self.rows, self.count, self.d)) for t in (q, k, v)]
+        of_heads = (self.rows, self.count, self.d)
+        q, own_k, own_v = q.reshape(of_heads), k.reshape(of_heads), v.reshape(of_heads)
         if self.count == 1:
             keys, values = self.write(self.keys[i], slots, k), self.write(self.values[i], slots, v)
             return mha.merge(self.look(q, keys.reshape(self.ring), values.reshape(self.ring), bias, decay), gates)

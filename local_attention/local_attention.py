@@ -116,15 +116,16 @@ class LocalAttention(nn.Cell):
         _check_shapes(q.shape, k.shape, v.shape, window, self.autopad, self.dim)
         shape = q.shape
         length, d, e = shape[-2], shape[-1], v.shape[-1]
-        q, k, v = [t.reshape((-1, length, t.shape[-1])) for t in (q, k, v)]
+        q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, e))
         groups = q.shape[0]
         block, before, after, _ = self.layout(window)
         bias = self.bias(groups, length, window, input_mask if mask is None else mask, attn_bias)
 
         q, k = self.encode(q, k, d**-0.5 if self.scale is None else self.scale)
         q = cut(q, block).reshape((-1, block, d))
-        k, v = [look_around(cut(t, block), before, after) for t in (k, v)]
-        k, v = [t.reshape((-1, (before + 1 + after) * block, t.shape[-1])) for t in (k, v)]
+        span = (before + 1 + after) * block
+        k = look_around(cut(k, block), before, after).reshape((-1, span, d))
+        v = look_around(cut(v, block), before, after).reshape((-1, span, e))
         if self.rel_pos is not None and self.use_xpos:
             middle = block * (after + 1 - before) / 2
             q, k = self.rel_pos.decay_queries(q, middle), self.rel_pos.decay_keys(k, -before * block, middle)

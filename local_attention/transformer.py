@@ -12,7 +12,7 @@ from local_attention.constants import shared_constant
 from local_attention.decode import UncachedContext, context_of, decoder_of, generate_tokens
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
-from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense
+from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense, for_each
 from local_attention.local_attention import LocalAttention
 from local_attention.ngram import NgramEmbedding
 from local_attention.position_bias import DynamicPositionBias
@@ -106,24 +106,23 @@ class LocalMHA(nn.Cell):
         """
         b, n, dim = x.shape
         q, k, v, gates = self.project(x.reshape((b * n, dim)))
-        q, k, v = [self.split_heads(t.reshape((b, n, -1))) for t in (q, k, v)]
+        q, k, v = self.heads_of(q, b), self.heads_of(k, b), self.heads_of(v, b)
         out = self.join_heads(self.attention(q, k, v, mask=mask, attn_bias=attn_bias))
         return self.merge(out, gates).reshape((b, n, dim))
+
+    def heads_of(self, x, b):
+        """``(b n, h d) -> (b, h, n, d)``."""
+        return self.split_heads(x.reshape((b, -1, x.shape[-1])))
 
     def project(self, x):
         """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.
 
         The gates ``(rows, h)`` are logits.
         """
-        layers = (self.to_q, self.to_k, self.to_v)
+        weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
         if self.to_v_gate is not None:
-            layers = layers + (self.to_v_gate,)
-        products = ()
-        if self.norm is None:
-            for layer in layers:
-                products = products + (self.matmul_nt(x, layer.weight),)
-        else:
-            products = self.norm(x, [layer.weight for layer in layers])
+            weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_v_gate.weight)
+        products = for_each(ops.partial(self.matmul_nt, x), weights) if self.norm is None else self.norm(x, weights)
         q, k, v = products[0], products[1], products[2]
         if self.qk_rmsnorm:
             q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
@@ -141,7 +140,7 @@ class LocalMHA(nn.Cell):
         """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
         if gates is not None:
             out = out * ops.matmul(ops.sigmoid(gates), spread_heads(self.heads, self.dim_head))
-        return self.to_out(out)
+        return self.matmul_nt(out, self.to_out.weight)
 
 
 @shared_constant

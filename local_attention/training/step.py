@@ -6,7 +6,8 @@ import time
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.training.optimizer import Adam, for_each, sum_of_squares
+from local_attention.layers import for_each
+from local_attention.training.optimizer import Adam, sum_of_squares
 
 log = logging.getLogger("train")
 
