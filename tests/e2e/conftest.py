@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,9 +76,18 @@ class Commands:
 def commands(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     text = folder / "text with spaces, and commas.txt"
-    sources = sorted((ROOT / "local_attention").rglob("*.py"))
-    text.write_bytes(b"".join(path.read_bytes() for path in sources)[:60_000])
+    text.write_bytes(some_text(60_000))
     return Commands(folder, text)
+
+
+def some_text(size):
+    """Words of a made-up language, some more frequent than others, always the same."""
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(ord("a"), ord("z") + 1, length).tolist()) for length in rng.integers(1, 9, 300)]
+    frequency = 1 / np.arange(1, 301)
+    chosen = rng.choice(300, size, p=frequency / frequency.sum())
+    sentences = [b" ".join(words[i] for i in chosen[k : k + 9]).capitalize() for k in range(0, size, 9)]
+    return b".\n".join(sentences)[:size]
 
 
 @pytest.fixture(scope="session")
