@@ -33,7 +33,7 @@ clean:
 .venv/installed: pyproject.toml local_attention/kernels.cpp
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.10, 3.11 or 3.12 as python3, got $$(python3 --version 2>&1); or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: expected Python 3.10, 3.11 or 3.12, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
-	rm -rf .venv
+	rm -rf .venv local_attention/_kernels.*
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
 	@touch $@

@@ -19,7 +19,7 @@ from local_attention.windows import hide, visible
 CHUNK = 256  # tokens of a prompt that one graph takes at once
 # Tokens from which on compiling that graph, which takes as long as a thousand tokens with kernels.cpp, is worth while
 CHUNK_FROM, CHUNK_FROM_WITH_KERNELS = 256, 1024
-BURST = 16  # tokens that one call of a graph may draw, one after another: 8.3 ms a token one by one, 6.5 in bursts
+BURST = 16  # tokens that one call of a graph may draw, one after another, as a call costs as much as half a token
 
 
 class CachedStep(nn.Cell):
@@ -153,7 +153,6 @@ class CachedLoop(nn.Cell):
 
     def __init__(self, step, burst, num_tokens):
         super().__init__(auto_prefix=False)
-        use_phase_of_decoding(self)
         self.step, self.sampler = step, Sampler(num_tokens)
         self.write = ops.ScatterUpdate()
 
@@ -328,8 +327,9 @@ class Decoder(Context):
     Args:
         model, batch: see :class:`Context`.
         chunk: tokens that are fed at once where many come together.
-        chunk_from: how many are many; None: ``CHUNK_FROM``, with kernels ``CHUNK_FROM_WITH_KERNELS``. Below, they are
-            fed one by one, and nothing is compiled for them. With global layers tokens are always fed one by one.
+        chunk_from: how many are many; None: ``CHUNK_FROM``, with kernels ``CHUNK_FROM_WITH_KERNELS`` unless the context
+            starts again so often that compiling pays. Below, tokens are fed one by one, and nothing is compiled for
+            them. With global layers they are always fed one by one.
         burst: the most tokens that are fed one by one in a call of the graph.
         use_kernels: feed them through the operators in C++ of :mod:`kernels`; None: where these can be used.
 
@@ -342,8 +342,8 @@ class Decoder(Context):
         super().__init__(model, batch)
         if use_kernels and not can_use_kernels(model):
             raise ValueError(
-                "expected use_kernels=False: the operators need a C++ compiler when pip installs this package, a CPU, "
-                "and a model in float32"
+                "expected use_kernels=False: the operators need Linux, a C++ compiler when pip installs this package, "
+                "a CPU and a model in float32"
             )
         self.use_kernels = can_use_kernels(model) if use_kernels is None else use_kernels
         if not can_be_cached(model):
@@ -358,7 +358,8 @@ class Decoder(Context):
             # over a longer chunk the decay, 3.5 ** (chunk / base), would leave float32's range
             chunk = max(1, min(chunk, int(55 * self.attention.rel_pos.scale_base)))
         if chunk_from is None:
-            chunk_from = CHUNK_FROM_WITH_KERNELS if self.use_kernels else CHUNK_FROM
+            often = self.limit is not None and self.limit // 2 < CHUNK_FROM_WITH_KERNELS  # as the context starts again
+            chunk_from = CHUNK_FROM_WITH_KERNELS if self.use_kernels and not often else CHUNK_FROM
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
         self.size = keys_seen(mha.attention)
         shape = (self.rows * (self.size + 1), self.d)
@@ -373,6 +374,7 @@ class Decoder(Context):
         of_global_steps = [p for cell in self.global_steps for p in cell.get_parameters() if id(p) not in weights]
         self.state = [*self.rings[0], *self.rings[1], *of_global_steps]
         self.steps = {}  # by number of tokens a step, made when first needed
+        self.weights, self.addresses = list(model.get_parameters()), None
         self.likeliest = sampling_rule(model.num_tokens, temperature=0)
 
     def advance(self, tokens):
@@ -392,12 +394,10 @@ class Decoder(Context):
         return numbers[:, -max(1, self.before) :].astype(np.int32)
 
     def take_chunk(self, tokens, before, position):
-        if self.chunk not in self.steps:
-            self.steps[self.chunk] = self.new_step(self.chunk)
-            use_phase_of_decoding(self.steps[self.chunk])
+        step = self.step(self.chunk)
         inputs = [array[0] for array in self.inputs(position, 1, self.chunk, tokens.shape[1])]
         filled = np.pad(tokens, ((0, 0), (0, self.chunk - tokens.shape[1])))
-        logits = self.steps[self.chunk](*map(Tensor, (filled.reshape(-1), before, *inputs)))
+        logits = step(*map(Tensor, (filled.reshape(-1), before, *inputs)))
         return logits.asnumpy()[:, : tokens.shape[1]]
 
     def take_one_by_one(self, tokens, before, position):
@@ -414,8 +414,7 @@ class Decoder(Context):
         Returns:
             What was drawn after each, ``(b, m)``, and the logits for it, ``(b, m, num_tokens)``.
         """
-        if 1 not in self.steps:
-            self.steps[1] = CachedLoop(self.new_step(1), self.burst, self.model.num_tokens)
+        step = self.step(1)
         count, given = uniforms.shape[1], tokens.shape[1]
 
         def filled(array, dtype):
@@ -430,13 +429,27 @@ class Decoder(Context):
             filled(uniforms, np.float32)[..., None],
             *rule,
         )
-        drawn, logits = self.steps[1](*map(Tensor, (*arguments, *self.inputs(position, self.burst, 1, 1))))
+        drawn, logits = step(*map(Tensor, (*arguments, *self.inputs(position, self.burst, 1, 1))))
         # copies, as the arrays lie where the next call writes
         return drawn.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
 
-    def new_step(self, count):
-        use_kernels = self.use_kernels and count == 1
-        return CachedStep(self.model, self.batch, count, self.rings, self.global_steps, use_kernels)
+    def step(self, count):
+        """The :class:`CachedLoop` for tokens one by one, or a :class:`CachedStep` of ``count`` tokens.
+
+        A graph with a loop goes on reading the weights where they lay when it was first run (MindSpore 2.10), and
+        ``Parameter.set_data``, by which weights are loaded, lets them lie elsewhere. So it is compiled again then.
+        """
+        addresses = [parameter.data_ptr() for parameter in self.weights]
+        if addresses != self.addresses:
+            self.steps, self.addresses = {}, addresses
+        if count not in self.steps:
+            use_kernels = self.use_kernels and count == 1
+            step = CachedStep(self.model, self.batch, count, self.rings, self.global_steps, use_kernels)
+            if count == 1:
+                step = CachedLoop(step, self.burst, self.model.num_tokens)
+            use_phase_of_decoding(step)
+            self.steps[count] = step
+        return self.steps[count]
 
     def inputs(self, position, steps, count, kept):
         """The arguments of :class:`CachedStep` that depend on positions, for ``steps`` steps of ``count`` tokens.
@@ -485,7 +498,7 @@ class Decoder(Context):
         """Go on from a :meth:`snapshot` of a decoder of the same model and batch."""
         self.length, self.position, self.newest = cache.length, cache.position, cache.newest
         for parameter, array in zip(self.state, cache.state):
-            parameter.set_data(Tensor(array))
+            ops.assign(parameter, Tensor(array))  # set_data would put them where the compiled graph does not look
 
 
 class Cache(NamedTuple):

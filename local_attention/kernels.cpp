@@ -21,7 +21,7 @@
 namespace {
 
 // Functions that do most of the work are compiled for several kinds of processors, of which the loader takes the best.
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_PROCESSOR
@@ -48,7 +48,7 @@ class Team {
   template <typename Turn>
   void each(int64_t count, const Turn &turn) {
     std::unique_lock<std::mutex> free(busy_, std::try_to_lock);
-    if (!free) {  // it helps another thread
+    if (!free) {  // the helpers are busy with a loop of another thread's
       for (int64_t i = 0; i < count; ++i) turn(i);
       return;
     }
@@ -198,7 +198,7 @@ FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const flo
   }
 }
 
-// e**x for x <= 0, within 2e-7. Of this a loop becomes vector instructions, of std::exp not.
+// e**x for x <= 0, absolutely within 2e-7. Of this a loop becomes vector instructions, of std::exp not.
 INLINE float exp_of_negative(float x) {
   x = std::max(x, -87.0f);  // what is less is lost beside the largest score's e**0
   const int32_t power = int32_t(x * 1.44269504f - 0.5f), bits = (power + 127) << 23;
@@ -216,7 +216,7 @@ INLINE float erf(float x) {
                        0.196247551f) * t + 1.12837898f;
   const float below = ((((3.7480776e-5f * t + 1.21634288e-3f) * t + 1.54442922e-2f) * t + 0.116475824f) * t +
                        0.507251023f) * t + 1;
-  return x * above / below;
+  return std::min(std::max(x * above / below, -1.0f), 1.0f);
 }
 
 // value *= gelu(gate), the exact GELU.
@@ -302,10 +302,19 @@ struct Tensors {
   float *optional(int i) const { return axes[i] > 1 ? (*this)[i] : nullptr; }
 };
 
+// Whether the arguments are those that `kinds` names in order: f(loat32) or i(nt32).
+bool fit(const char *kinds, int count, const char **types) {
+  if (count != static_cast<int>(std::strlen(kinds))) return false;
+  for (int i = 0; i < count; ++i)
+    if (std::strcmp(types[i], kinds[i] == 'f' ? "float32" : "int32") != 0) return false;
+  return true;
+}
+
 }  // namespace
 
+// Returns 0, or for what it cannot take something else, of which MindSpore makes an error.
 #define OPERATOR(name) \
-  extern "C" int name(int, void **data, int *axes, int64_t **shapes, const char **, void *, void *)
+  extern "C" int name(int count, void **data, int *axes, int64_t **shapes, const char **types, void *, void *)
 
 // One token of each of b texts through LocalMHA.
 OPERATOR(attend_to_cache) {
@@ -325,6 +334,7 @@ OPERATOR(attend_to_cache) {
     kSlots,                // (b h) int32: in these rows
     kOut,                  // (b, dim)
   };
+  if (!fit("fffffffffffiffffffif", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToQ][0], d = shapes[kKeys][1],
                 heads = inner / d, span = shapes[kKeys][0] / (batch * heads);
@@ -373,6 +383,7 @@ OPERATOR(feed_forward) {
     kToOut,             // (dim, inner)
     kOut,               // (b, dim)
   };
+  if (!fit("fffffff", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const Rows normed(batch, dim), values(batch, inner), gates(batch, inner);

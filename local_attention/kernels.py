@@ -1,10 +1,11 @@
 """One token's attention to the cache and its feed-forward, each as one operator in C++, on a CPU: kernels.cpp.
 
-They are optional. pip builds them where it finds a compiler; without them, and on other devices, operators of MindSpore
-compute the same.
+They are optional. pip builds them where it finds a compiler; without them, on other devices, and elsewhere than on
+Linux, where MindSpore takes no operators in C++, its own compute the same.
 """
 
 import ctypes
+import platform
 from functools import cache
 from importlib.util import find_spec
 
@@ -20,7 +21,7 @@ def library():
     if spec is None:
         return None
     try:
-        ctypes.CDLL(spec.origin)
+        ctypes.CDLL(spec.origin)  # stays loaded, as its threads run until the process ends
     except OSError:
         return None
     return spec.origin
@@ -29,7 +30,8 @@ def library():
 def can_use_kernels(model):
     """Whether the operators are there, for the device in use and for the numbers of a model."""
     in_float32 = all(parameter.dtype == ms.float32 for parameter in model.get_parameters())
-    return library() is not None and in_float32 and ms.get_context("device_target") == "CPU"
+    on_cpu = platform.system() == "Linux" and ms.get_context("device_target") == "CPU"
+    return library() is not None and in_float32 and on_cpu
 
 
 def operator(name):

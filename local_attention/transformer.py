@@ -176,10 +176,6 @@ class Layer(nn.Cell):
         taken, x, beta = self.attention_connection.before(x)
         out = self.attention(taken.reshape((batch, -1, taken.shape[-1])), mask, attn_bias)
         x = self.attention_connection.after(out.reshape(taken.shape), x, beta)
-        return self.feed(x)
-
-    def feed(self, x):
-        """The feed-forward half."""
         taken, x, beta = self.feed_forward_connection.before(x)
         return self.feed_forward_connection.after(self.feed_forward(taken), x, beta)
 

@@ -32,8 +32,11 @@ def fed(decoder, x):
     return np.stack([decoder.feed(column) for column in x.T], 1)
 
 
-def assert_cached_equals_full(model, x, batch, **options):
-    np.testing.assert_allclose(fed(Decoder(model, batch, **options), x), run(model, x), atol=1e-4)
+def assert_cached_equals_full(model, x, batch, use_kernels=None):
+    decoder = Decoder(model, batch, use_kernels=use_kernels)
+    np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
+    if use_kernels is not None:
+        assert (decoder.steps[1].step.kernels is not None) == use_kernels
 
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="pip found no C++ compiler to build kernels.cpp")
@@ -103,8 +106,10 @@ def test_the_kernels_give_the_same_bits_again_and_again():
         np.testing.assert_array_equal(fed(Decoder(model, 3), x), first)
 
 
+@needs_kernels
 def test_the_kernels_are_refused_where_they_cannot_be_used():
     model = transformer()
+    assert Decoder(model).use_kernels
     model.layers[0].attention.to_q.weight.set_dtype(ms.float16)
     assert not Decoder(model).use_kernels
     with pytest.raises(ValueError, match="expected use_kernels=False"):
@@ -340,7 +345,8 @@ def test_the_model_is_not_changed_by_decoding():
     assert [p.name for p in model.trainable_params()] == names
 
 
-def test_a_decoder_follows_the_weights_of_its_model():
+@both_modes
+def test_a_decoder_follows_the_weights_of_its_model(mode):
     model, x = transformer(), texts(1, 5)
     decoder = Decoder(model)
     fed(decoder, x)
@@ -528,10 +534,13 @@ def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
     np.testing.assert_allclose(model(tensor(x), cache=cache).asnumpy(), wanted[:, 10:], atol=1e-4)
 
 
-def test_a_cache_may_be_used_for_several_continuations():
+@both_modes
+@with_and_without_kernels
+def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels):
     model, x = transformer(), texts(2, 8)
+    model.decoder = Decoder(model, 2, use_kernels=use_kernels)
     _, cache = model(tensor(x[:, :6]), return_cache=True)
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         other = np.concatenate([x[:, :6], texts(2, 2, seed=seed)], 1)
         np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
 
