@@ -29,7 +29,8 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info build rank_0 kernel_meta local_attention/_kernels.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made again from nothing when pyproject.toml changes, so that a removed or replaced dependency leaves nothing behind.
+# Made again from nothing when pyproject.toml changes, so that a removed or replaced dependency leaves nothing behind, and
+# when kernels.cpp does, which pip compiles.
 .venv/installed: pyproject.toml local_attention/kernels.cpp
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.10, 3.11 or 3.12 as python3, got $$(python3 --version 2>&1); or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: expected Python 3.10, 3.11 or 3.12, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
