@@ -198,9 +198,30 @@ FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const flo
   }
 }
 
+// e**x for x <= 0, absolutely within 2e-7. Of this a loop becomes vector instructions, of std::exp not.
+INLINE float exp_of_negative(float x) {
+  x = std::max(x, -87.0f);  // what is less is lost beside the largest score's e**0
+  const int32_t power = int32_t(x * 1.44269504f - 0.5f), bits = (power + 127) << 23;
+  const float r = x - power * 0.693147181f;
+  float two_to_the_power;
+  std::memcpy(&two_to_the_power, &bits, sizeof bits);
+  return two_to_the_power * (((((r / 720 + 1 / 120.0f) * r + 1 / 24.0f) * r + 1 / 6.0f) * r + 0.5f) * r * r + r + 1);
+}
+
+// The error function within 4e-7, for the same reason: a quotient fitted to it between -4 and 4, where it is ±1.
+INLINE float erf(float x) {
+  x = std::min(std::max(x, -4.0f), 4.0f);
+  const float t = x * x;
+  const float above = ((((1.97483246e-6f * t + 2.88039302e-4f) * t + 4.00358074e-3f) * t + 5.34672755e-2f) * t +
+                       0.196247551f) * t + 1.12837898f;
+  const float below = ((((3.7480776e-5f * t + 1.21634288e-3f) * t + 1.54442922e-2f) * t + 0.116475824f) * t +
+                       0.507251023f) * t + 1;
+  return std::min(std::max(x * above / below, -1.0f), 1.0f);
+}
+
 // value *= gelu(gate), the exact GELU.
 FOR_EACH_PROCESSOR void geglu(float *value, const float *gate, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) value[c] *= gate[c] * (0.5f + 0.5f * std::erf(gate[c] * 0.707106781f));
+  for (int64_t c = 0; c < n; ++c) value[c] *= gate[c] * (0.5f + 0.5f * erf(gate[c] * 0.707106781f));
 }
 
 // x with unit length, times the numbers of scale, if there are any.
@@ -256,8 +277,10 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
     for (; s < span; ++s) scores[s] = dot(query, head.keys + s * d, d);
   }
   float largest = -INFINITY, total = 0;
-  for (s = 0; s < span; ++s) largest = std::max(largest, scores[s] += head.bias[s]);
-  for (s = 0; s < span; ++s) total += scores[s] = std::exp(scores[s] - largest);
+  for (s = 0; s < span; ++s) scores[s] += head.bias[s];
+  for (s = 0; s < span; ++s) largest = std::max(largest, scores[s]);
+  for (s = 0; s < span; ++s) scores[s] = exp_of_negative(scores[s] - largest);
+  for (s = 0; s < span; ++s) total += scores[s];
   for (s = 0; s < span; ++s) scores[s] /= total;
   std::fill_n(out, d, 0.0f);
   for (s = 0; s + 8 <= span; s += 8) {
