@@ -13,7 +13,7 @@ def main(composed):
     import time
     from pathlib import Path
 
-    from local_attention.decode import Decoder, generate_tokens
+    from local_attention.decoding import DecodingSession, generate_tokens
     from local_attention.training.build import load_model
     from local_attention.training.device import use_device
     from local_attention.training.run_dir import checkpoint_of
@@ -29,7 +29,7 @@ def main(composed):
     print(f"{path}, step {meta['step']:,}", file=sys.stderr)
 
     # All samples grow together, one a row. The first is shown as it grows, the others when they are complete.
-    decoder, output = Decoder(model, config.num_samples), ByteOutput()
+    decoder, output = DecodingSession(model, config.num_samples), ByteOutput()
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     tokens = generate_tokens(decoder, list(prompt or b"\n"), config.length or None, **sampling)
     samples, begin = [bytearray() for _ in range(config.num_samples)], None

@@ -12,28 +12,28 @@ def main(composed):
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.dropout import count_calls
-    from local_attention.training import callbacks, checkpoint, closing, errors, profile, run_dir, run_log, signals
+    from local_attention.dropout import set_dropout_step
+    from local_attention.training import callbacks, checkpoint, errors, profile, run_dir, run_log, signals, summary
+    from local_attention.training.batches import batch_dataset
     from local_attention.training.build import build_model
-    from local_attention.training.crops import crop_dataset
     from local_attention.training.device import use_device, warn_of_memory
+    from local_attention.training.distributed import explain_lost_worker, join_processes
     from local_attention.training.evaluate import Evaluator
     from local_attention.training.optimizer import build_optimizer
     from local_attention.training.state import RunState
     from local_attention.training.step import TrainStep, compile_step
-    from local_attention.training.workers import join_workers, losses_explained
 
     hydra, train = HydraConfig.get(), config.train
     run_log.log_to_screen()
 
     # Where the run writes, what it continues, which bytes it sees; and who takes part.
     use_device(config.device.target)
-    workers = join_workers(config.parallel)
-    place = workers.share(lambda: run_dir.find_place(config, hydra.runtime.choices.get("experiment") or "default"))
+    workers = join_processes(config.parallel)
+    place = workers.share(lambda: run_dir.find_run_paths(config, hydra.runtime.choices.get("experiment") or "default"))
     corpus = data.load(config.data)
-    corpus.require("train", "val", "test", crop_bytes=train.seq_len + 1)
+    corpus.require("train", "val", "test", sequence_bytes=train.seq_len + 1)
     workers.require_same(config, corpus)
-    sampler = data.CropSampler(corpus.train, train.seq_len + 1, config.seed)
+    sampler = data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed)
 
     # Model, optimizer and step; all three as they were, if the run continues one.
     ms.set_seed((config.seed + workers.rank) % 2**32)  # of dropout; the weights of all are those of rank 0
@@ -48,7 +48,7 @@ def main(composed):
         if workers.leads:
             checkpoint.restore(tensors, model, optimizer)
         state.load(meta)
-        count_calls(model, state.step * train.grad_accum_every)
+        set_dropout_step(model, state.step * train.grad_accum_every)
     workers.share_parameters(checkpoint.named_parameters(model, optimizer).values())
 
     # From here on the run directory is written, by the leading worker alone but for a log of each.
@@ -67,7 +67,7 @@ def main(composed):
     warn_of_memory(model, train)
 
     # Train. The callbacks run in this order after each step, on all workers, so that none waits long for another.
-    advance = callbacks.Advance(state, step, config, workers)
+    advance = callbacks.StepController(state, step, config, workers)
     report = callbacks.Report(state, advance, log, train.log_every)
     start, stop = corpus.bounds("val")
     stretch = corpus.bytes, start, min(stop, start + train.eval_bytes)
@@ -83,26 +83,26 @@ def main(composed):
         events.append(profile.Profile(place.run_dir))
     state.agree(workers)
     if not state.finished:
-        with signals.StopOnSignal(state), losses_explained():
-            dataset = crop_dataset(sampler, train, state.step, workers)
+        with signals.StopOnSignal(state), explain_lost_worker():
+            dataset = batch_dataset(sampler, train, state.step, workers)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=events, dataset_sink_mode=False)
     workers.require_same_weights(model.get_parameters())  # waits for the leading one, which saves
     if state.failure:
         raise errors.RunError(state.failure)
     if state.signal:
-        return closing.interrupted(place.run_dir, state, hydra.overrides.task, workers)
+        return summary.interrupted(place.run_dir, state, hydra.overrides.task, workers)
 
     # Score the best weights on all of validation and test, and say what to do next.
     if workers.leads:
         best = checkpoint.Checkpoints(place.checkpoints).find("best") or place.checkpoint
         checkpoint.restore(checkpoint.read(best)[0], model)
     workers.share_parameters(model.get_parameters())
-    scores = closing.score_splits(evaluator, corpus, state, log)
+    scores = summary.score_splits(evaluator, corpus, state, log)
     if workers.leads:
-        closing.summarise(place.run_dir, state, scores)
+        summary.summarise(place.run_dir, state, scores)
         log.compare({f"{split}_bpb": score.bpb for split, score in scores.items()}, state.step)
-        closing.say_what_next(place.run_dir, state, hydra.overrides.task, workers)
+        summary.print_next_steps(place.run_dir, state, hydra.overrides.task, workers)
     log.close()
     workers.wait_for_all()
 

@@ -70,22 +70,22 @@ class Corpus:
         start, stop = (self.bytes.size * per_cent // 100 for per_cent in CUTS[split])
         return start, stop
 
-    def require(self, *splits: str, crop_bytes: int) -> None:
+    def require(self, *splits: str, sequence_bytes: int) -> None:
         """Refuse a corpus whose named splits do not hold a single crop.
 
         Args:
             splits: names of splits.
-            crop_bytes: the bytes of a crop, `seq_len + 1`.
+            sequence_bytes: the bytes of a crop, `seq_len + 1`.
 
         Raises:
             DataError: a split is shorter than that.
         """
         for split in splits:
             start, stop = self.bounds(split)
-            if stop - start < crop_bytes:
+            if stop - start < sequence_bytes:
                 raise DataError(
                     f"the {split} split of {self.name} has {stop - start} bytes, but a crop needs "
-                    f"train.seq_len + 1 = {crop_bytes}: use a larger file or a smaller train.seq_len"
+                    f"train.seq_len + 1 = {sequence_bytes}: use a larger file or a smaller train.seq_len"
                 )
 
     @cached_property

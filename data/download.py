@@ -21,7 +21,7 @@ log = logging.getLogger("data")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long to bear with a server."""
 
     timeout: float = 15.0  # seconds to connect, and seconds without a single byte
@@ -31,7 +31,7 @@ class Patience:
     min_rate_window: float = 30.0  # ...over that many seconds is given up
 
 
-def fetch(url: str, target: Path, patience: Patience) -> None:
+def fetch(url: str, target: Path, patience: RetryPolicy) -> None:
     """Download a file to `target`, going on behind what already lies there.
 
     After a failure `target` holds what has arrived (if anything), for a later call to continue. Nothing is said here
@@ -67,7 +67,7 @@ def fetch(url: str, target: Path, patience: Patience) -> None:
     log.info("downloaded %s bytes in %.0f s", f"{_size(target):,}", time.monotonic() - started)
 
 
-def _attempt(url: str, target: Path, patience: Patience) -> None:
+def _attempt(url: str, target: Path, patience: RetryPolicy) -> None:
     """One request. Raises OSError or HTTPException where another may succeed, DownloadError where none will."""
     have = _size(target)
     headers = {"User-Agent": "enwik8-loader/1.0"}  # some servers refuse urllib's own
@@ -91,7 +91,7 @@ def _attempt(url: str, target: Path, patience: Patience) -> None:
         _receive(response, target, have, patience)
 
 
-def _receive(response: HTTPResponse, target: Path, have: int, patience: Patience) -> None:
+def _receive(response: HTTPResponse, target: Path, have: int, patience: RetryPolicy) -> None:
     """Write the body of a response behind the `have` bytes of `target`, or in place of them."""
     resumed = response.status == 206  # 200: this server ignores Range and sends everything again
     if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from data import compression
-from data.download import Patience, fetch
+from data.download import RetryPolicy, fetch
 from data.errors import DataError, DownloadError
 
 try:
@@ -61,7 +61,7 @@ def find_or_download(
     folder: Path,
     expected: Expected = ENWIK8,
     mirrors: Sequence[str] | None = None,
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
 ) -> np.ndarray:
     """The bytes of enwik8.
 
@@ -91,7 +91,7 @@ def find_or_download(
         if found is None:
             if not writable:
                 raise DownloadError(_ways_out(raw, ["the folder cannot be written"]))
-            _download(raw, expected, mirrors, patience or Patience())
+            _download(raw, expected, mirrors, patience or RetryPolicy())
             found = raw
         elif found != raw and writable:
             found = _unpack_beside(found, raw, expected)
@@ -171,7 +171,7 @@ def _unpack(archive: Path, raw: Path, expected: Expected) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _download(raw: Path, expected: Expected, mirrors: Sequence[str], patience: Patience) -> None:
+def _download(raw: Path, expected: Expected, mirrors: Sequence[str], patience: RetryPolicy) -> None:
     """Leave verified bytes at `raw`, or else nothing but partial downloads that a later start continues."""
     failures = []
     for url in mirrors:

@@ -5,17 +5,17 @@ Copies are made by Tile, the fastest: 67 MB of them take 5 to 10 ms on a CPU, by
 
 from mindspore import ops
 
-from local_attention.windows import HIDDEN, look_around
+from local_attention.windows import MASK_VALUE, look_around
 
 
 def key_bias(mask, groups, block, before, after):
     """``mask: (b, n)``, 1.0 where a key may be seen, 0.0 elsewhere, to ``(groups * blocks, block, span)``.
 
-    The result is 0 for the former and ``HIDDEN`` for the latter; row ``i`` of the mask holds for ``groups // b``
+    The result is 0 for the former and ``MASK_VALUE`` for the latter; row ``i`` of the mask holds for ``groups // b``
     neighbouring groups.
     """
     b, n = mask.shape
-    hidden = (1 - mask) * HIDDEN
+    hidden = (1 - mask) * MASK_VALUE
     if n % block:
         hidden = ops.cat((hidden, ops.zeros((b, -n % block), hidden.dtype)), 1)
     hidden = look_around(hidden.reshape((b, -1, block, 1)), before, after)

@@ -77,7 +77,7 @@ def count_up(count):
     return np.arange(count, dtype=np.int32)
 
 
-def count_calls(model, calls):
+def set_dropout_step(model, calls):
     """Let all :class:`Dropout` of a model go on as after so many calls."""
     for _, cell in model.cells_and_names():
         if isinstance(cell, Dropout):

@@ -60,7 +60,7 @@ class LayerKernels(nn.Cell):
         self.keys_unturned, self.queries_unturned = Tensor(unturned), Tensor(unturned * np.float32(scale))
 
     def attend(self, x, keys, values, slots, bias, turn_query, turn_key, decay):
-        """What :meth:`CachedStep.attend` does. The operator itself writes the new key and value into ``slots``.
+        """What :meth:`DecodeStep.attend` does. The operator itself writes the new key and value into ``slots``.
 
         MindSpore is not told so, which is safe as long as everything that reads the rings depends on the output.
         """

@@ -9,7 +9,7 @@ from local_attention.bias import key_bias, window_bias
 from local_attention.dropout import dropout_cell
 from local_attention.layers import L2Norm
 from local_attention.rotary import SinusoidalEmbeddings
-from local_attention.windows import HIDDEN, additive_mask, look_around, window_layout
+from local_attention.windows import MASK_VALUE, additive_mask, look_around, window_layout
 
 # The score of a token for itself with shared queries and keys: chosen only where nothing else is seen (Kitaev et al.
 # 2020, arXiv 2001.04451, section 2).
@@ -153,7 +153,7 @@ class LocalAttention(nn.Cell):
             bias = bias + key_bias(ops.stop_gradient(mask).astype(ms.float32), groups, block, before, after)
         if attn_bias is not None:
             # an infinity would outdo what hides a key, and a row of them make NaN
-            attn_bias = ops.maximum(attn_bias, HIDDEN)
+            attn_bias = ops.maximum(attn_bias, MASK_VALUE)
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
             bias = bias + window_bias(attn_bias, groups, bias.shape[0] // groups, block, before, after)
@@ -178,7 +178,7 @@ def cut(x, block):
 
 def sees_a_key(bias):
     """``(g, i, j) -> (g, i, 1)``: 1.0 for a query with a key that is not hidden, else 0.0."""
-    return (bias.max(-1, keepdims=True) > HIDDEN / 2).astype(bias.dtype)
+    return (bias.max(-1, keepdims=True) > MASK_VALUE / 2).astype(bias.dtype)
 
 
 @constexpr

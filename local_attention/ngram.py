@@ -44,16 +44,16 @@ class NgramEmbedding(nn.Cell):
         Args:
             tokens: ``(b, n)`` int32.
             mask: ``(b, n)`` booleans; tokens where it is False count as none.
-            rows: what :meth:`look_up` finds for :meth:`keys_of_text`, if that was looked up before.
+            rows: what :meth:`look_up` finds for :meth:`bucket_ids_of_sequence`, if that was looked up before.
 
         Returns:
             ``(b * n, dim)``.
         """
         if rows is None:
-            rows = self.look_up(self.keys_of_text(tokens, mask))
+            rows = self.look_up(self.bucket_ids_of_sequence(tokens, mask))
         return self.combine(rows)
 
-    def keys_of_text(self, tokens, mask=None):
+    def bucket_ids_of_sequence(self, tokens, mask=None):
         """The arguments as :meth:`construct`'s; returns what :meth:`keys` does."""
         numbers = tokens + 1
         if mask is not None:

@@ -9,10 +9,10 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
-from local_attention.decode import UncachedContext, context_of, decoder_of, generate_tokens
+from local_attention.decoding import UncachedSession, context_of, decoder_of, generate_tokens
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
-from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense, for_each
+from local_attention.layers import AddBias, CrossEntropy, FeedForward, L2Norm, LayerNorm, dense, tree_map
 from local_attention.local_attention import LocalAttention
 from local_attention.ngram import NgramEmbedding
 from local_attention.position_bias import DynamicPositionBias
@@ -122,7 +122,7 @@ class LocalMHA(nn.Cell):
         weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
         if self.to_v_gate is not None:
             weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_v_gate.weight)
-        products = for_each(ops.partial(self.matmul_nt, x), weights) if self.norm is None else self.norm(x, weights)
+        products = tree_map(ops.partial(self.matmul_nt, x), weights) if self.norm is None else self.norm(x, weights)
         q, k, v = products[0], products[1], products[2]
         if self.qk_rmsnorm:
             q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
@@ -317,7 +317,7 @@ class LocalTransformer(nn.Cell):
             ValueError: for more than ``max_seq_len`` tokens with learned absolute positions; for another shape; for
                 ``return_loss`` without ``num_tokens``; for ``cache`` or ``return_cache`` with ``mask`` or
                 ``return_loss``, for a cache of another batch or of as many tokens, and as
-                :class:`decode.Decoder`.
+                :class:`decode.DecodingSession`.
         """
         if ngram_rows is not None:
             return super().__call__(x, mask, cache, return_loss, return_cache, ngram_rows)
@@ -391,7 +391,7 @@ class LocalTransformer(nn.Cell):
             top_k = max(int((1 - filter_thres) * self.num_tokens), 1)
         if seed is None:
             seed = np.random.randint(2**32, dtype=np.int64)
-        context = context_of(self, len(prime)) if use_kv_cache else UncachedContext(self, len(prime))
+        context = context_of(self, len(prime)) if use_kv_cache else UncachedSession(self, len(prime))
         drawn = generate_tokens(
             context, prime, seq_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=int(seed)
         )

@@ -78,12 +78,12 @@ def additive_mask(groups, length, block, before, after, rule, itself):
 
 
 # Added to a score, it leaves a weight of 0; two of them and a bias make no infinity.
-HIDDEN = float(np.finfo(np.float32).min / 4)
+MASK_VALUE = float(np.finfo(np.float32).min / 4)
 
 
 def hide(seen):
-    """What to add to scores, float32: 0 where ``seen``, ``HIDDEN`` elsewhere."""
-    return np.where(seen, 0, HIDDEN).astype(np.float32)
+    """What to add to scores, float32: 0 where ``seen``, ``MASK_VALUE`` elsewhere."""
+    return np.where(seen, 0, MASK_VALUE).astype(np.float32)
 
 
 def look_around(x, before, after):

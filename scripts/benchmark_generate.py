@@ -72,11 +72,11 @@ def ours(arguments, use_kernels=None):
     import mindspore as ms
 
     from local_attention import LocalTransformer
-    from local_attention.decode import Decoder, generate_tokens
+    from local_attention.decoding import DecodingSession, generate_tokens
 
     ms.set_context(mode=ms.GRAPH_MODE)
     model = LocalTransformer(**model_options(arguments)).set_train(False)
-    decoder = Decoder(model, arguments.batch, use_kernels=use_kernels)
+    decoder = DecodingSession(model, arguments.batch, use_kernels=use_kernels)
     while True:
         drawn = generate_tokens(decoder, prompt(), None)
         for _ in range(2 * GROUP - 1):  # after the prompt and the first, smaller bursts

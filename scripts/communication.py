@@ -33,7 +33,7 @@ PER_SERVER = 8
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPaths:
     """Where workers run.
 
     Args:
@@ -53,8 +53,8 @@ class Place:
 
 
 PLACES = (
-    Place("machines of two cores, 1 Gbit/s", 270e9, None, 125e6, 0.3e-3, False),
-    Place("servers of 8 devices, 100 Gbit/s", 20e12, 200e9, 12.5e9, 20e-6, True),
+    RunPaths("machines of two cores, 1 Gbit/s", 270e9, None, 125e6, 0.3e-3, False),
+    RunPaths("servers of 8 devices, 100 Gbit/s", 20e12, 200e9, 12.5e9, 20e-6, True),
 )
 
 

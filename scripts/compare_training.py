@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 from local_attention.torch_state import torch_state
+from local_attention.training.batches import BatchIterator
 from local_attention.training.build import build_model
 from local_attention.training.command import fail
 from local_attention.training.config import run_config
-from local_attention.training.crops import StepCrops
 from local_attention.training.device import use_device
 from local_attention.training.errors import UsageError
 from local_attention.training.optimizer import build_optimizer
@@ -61,7 +61,7 @@ def main():
         raise UsageError("expected no dropout: each side would draw other numbers")
     train = config.train
     corpus = data.load(config.data)
-    crops = StepCrops(data.CropSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
+    crops = BatchIterator(data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
     batches = [crops.of_step(step) for step in range(train.max_steps)]
 
     use_device(config.device.target)

@@ -52,10 +52,10 @@ OWN = dict(facecolor="#1f5a96"), "seen, in the query's own window"
 BEFORE = dict(facecolor="#8ebbe3"), "seen, in a window before"
 AFTER = dict(facecolor="#f2b36b"), "seen, in a window after"
 LAST_RESORT = dict(facecolor="white", edgecolor="#1f5a96", hatch="...."), "itself: seen only if nothing else is"
-HIDDEN = dict(facecolor="#fbe9e7", edgecolor="#d98880", hatch="////"), "hidden by the mask"
+MASK_VALUE = dict(facecolor="#fbe9e7", edgecolor="#d98880", hatch="////"), "hidden by the mask"
 PADDING = dict(facecolor="#cfcfcf"), "padding, never seen"
 NOT_SEEN = dict(facecolor="#f4f4f4"), "not seen"
-LEGEND = [OWN, BEFORE, AFTER, LAST_RESORT, HIDDEN, PADDING, NOT_SEEN]
+LEGEND = [OWN, BEFORE, AFTER, LAST_RESORT, MASK_VALUE, PADDING, NOT_SEEN]
 
 
 def look(panel):
@@ -82,7 +82,7 @@ def kinds(panel):
         elif alone[i, j] > 0:
             found[i, j] = LAST_RESORT
         else:
-            found[i, j] = HIDDEN if j in panel.hidden else NOT_SEEN
+            found[i, j] = MASK_VALUE if j in panel.hidden else NOT_SEEN
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
-from local_attention.training.config import EvaluateConfig, as_trained, evaluate_config
+from local_attention.training.config import EvaluateConfig, evaluate_config, fill_from_checkpoint
 
 
 @command("evaluate", EvaluateConfig, text=("run", "checkpoint", "data.path", "data.dir"))
@@ -32,7 +32,7 @@ def main(composed):
     path = checkpoint_of(config.run, config.checkpoint)
     use_device(config.device.target)
     model, meta = load_model(path)
-    config = as_trained(config, meta)
+    config = fill_from_checkpoint(config, meta)
     corpus = data.load(config.data)
     if "data" in meta and meta["data"]["fingerprint"] != corpus.fingerprint:
         trained_on = f"{meta['data']['name']}, fingerprint {meta['data']['fingerprint']}"

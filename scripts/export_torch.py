@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, require_run_or_file, typed
+from local_attention.training.config import ModelConfig, parse, require_run_or_file
 from local_attention.training.errors import UsageError
 from scripts.torch_files import require_ending, write_state
 
@@ -23,7 +23,7 @@ class ExportConfig:
 
 def export_config(config):
     """Turn what Hydra composed into a checked :class:`ExportConfig`; raises :class:`UsageError`."""
-    export = typed(ExportConfig, config)
+    export = parse(ExportConfig, config)
     require_run_or_file(export, "export")
     if not export.output:
         raise UsageError("expected the file to write, such as output=model.pt")
@@ -44,7 +44,7 @@ def main(composed):
 
     path = checkpoint_of(config.run, config.checkpoint)
     model, meta = load_model(path)
-    arguments = original_arguments(typed(ModelConfig, meta["config"]["model"]))
+    arguments = original_arguments(parse(ModelConfig, meta["config"]["model"]))
     write_state(config.output, torch_state(model))
     print(f"{config.output}: {path}, step {meta['step']:,}; the model in PyTorch:")
     print(f"LocalTransformer({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
-from local_attention.training.config import MODEL_RANGES, ModelConfig, as_dict, check_model, check_ranges, typed
+from local_attention.training.config import MODEL_RANGES, ModelConfig, as_dict, check_model, check_ranges, parse
 from local_attention.training.errors import UsageError
 from scripts.torch_files import read_state, require_ending
 
@@ -45,7 +45,7 @@ class ImportConfig:
 
 def import_config(config):
     """Turn what Hydra composed into a checked :class:`ImportConfig`; raises :class:`UsageError`."""
-    imported = typed(ImportConfig, config)
+    imported = parse(ImportConfig, config)
     check_ranges(imported, MODEL_RANGES)
     if not imported.weights:
         raise UsageError("expected the weights to import, such as weights=model.pt")
@@ -150,9 +150,9 @@ def main(composed):
     from local_attention.torch_state import load_torch_state
     from local_attention.training.build import build_model
     from local_attention.training.checkpoint import Checkpoints, named_parameters, write_text
-    from local_attention.training.closing import continue_command
     from local_attention.training.run_dir import refuse_to_overwrite
     from local_attention.training.state import RunState
+    from local_attention.training.summary import continue_command
 
     # The model, with the weights.
     run_dir = Path(config.run_dir)

@@ -1,7 +1,7 @@
 """From configs and checkpoints to models."""
 
 from local_attention.training.checkpoint import read, restore
-from local_attention.training.config import ModelConfig, as_dict, typed
+from local_attention.training.config import ModelConfig, as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 
@@ -13,6 +13,6 @@ def build_model(config):
 def load_model(checkpoint):
     """The model of a checkpoint, in evaluation mode, and the checkpoint's metadata; raises ``CheckpointError``."""
     tensors, meta = read(checkpoint)
-    model = build_model(typed(ModelConfig, meta["config"]["model"]))
+    model = build_model(parse(ModelConfig, meta["config"]["model"]))
     restore(tensors, model)
     return model.set_train(False), meta

@@ -9,17 +9,17 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
-from local_attention.decode import Decoder, generate_tokens
+from local_attention.decoding import DecodingSession, generate_tokens
 from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.device import peak_memory_bytes
+from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.schedule import learning_rate
 from local_attention.training.terminal import as_text, duration
-from local_attention.training.workers import ALONE
 
 log = logging.getLogger("train")
 
 
-class Advance(Callback):
+class StepController(Callback):
     """First of all: sets the learning rate, counts, keeps what the step returned, and ends the run.
 
     Args:
@@ -29,7 +29,7 @@ class Advance(Callback):
         workers: who train.
     """
 
-    def __init__(self, state, step_cell, config, workers=ALONE):
+    def __init__(self, state, step_cell, config, workers=SINGLE_PROCESS):
         super().__init__()
         self.state, self.step_cell, self.config, self.workers = state, step_cell, config, workers
         train = config.train
@@ -199,7 +199,7 @@ class Sample(Every):
 
     def act(self):
         self.last_step = self.state.step
-        self.decoder = self.decoder or Decoder(self.model)
+        self.decoder = self.decoder or DecodingSession(self.model)
         tokens = generate_tokens(self.decoder, self.prompt, self.length, temperature=0.8, top_p=0.95, seed=self.seed)
         text = as_text([int(token) for (token,) in tokens])
         self.run_log.record("sample", self.state, text=text, prompt=as_text(self.prompt))

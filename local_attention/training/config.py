@@ -142,7 +142,7 @@ class GenerateConfig:
 
 @dataclass
 class OtherDataConfig(DataConfig):
-    """Which bytes to score instead of the run's: see :func:`as_trained`."""
+    """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
 
     source: str | None = None
 
@@ -253,7 +253,7 @@ def run_config(config):
     Raises:
         UsageError: for an unknown key, a wrong type, a value out of range, values that do not go together.
     """
-    run = typed(RunConfig, config)
+    run = parse(RunConfig, config)
     check_ranges(run, RUN_RANGES)
     model, train = run.model, run.train
     if train.max_steps is None and train.max_minutes is None:
@@ -305,7 +305,7 @@ def check_model(model):
 
 def generate_config(config):
     """Turn what Hydra composed into a checked :class:`GenerateConfig`; raises :class:`UsageError`."""
-    generate = typed(GenerateConfig, config)
+    generate = parse(GenerateConfig, config)
     check_ranges(generate, GENERATE_RANGES)
     if not generate.run:
         raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
@@ -318,7 +318,7 @@ def generate_config(config):
 
 def evaluate_config(config):
     """Turn what Hydra composed into a checked :class:`EvaluateConfig`; raises :class:`UsageError`."""
-    evaluate = typed(EvaluateConfig, config)
+    evaluate = parse(EvaluateConfig, config)
     check_ranges(evaluate, EVALUATE_RANGES)
     require_run_or_file(evaluate, "score")
     require_path(evaluate.data)
@@ -327,7 +327,7 @@ def evaluate_config(config):
 
 def score_config(config):
     """Turn what Hydra composed into a checked :class:`ScoreConfig`; raises :class:`UsageError`."""
-    score = typed(ScoreConfig, config)
+    score = parse(ScoreConfig, config)
     check_ranges(score, DEVICE_RANGES)
     require_run_or_file(score, "score with")
     if not score.file:
@@ -347,7 +347,7 @@ def require_path(data):
         raise UsageError("data=file needs the file: data.path=FILE")
 
 
-def as_trained(config, meta):
+def fill_from_checkpoint(config, meta):
     """An :class:`EvaluateConfig` without gaps: what ``config`` leaves to the run is as in the checkpoint's metadata.
 
     A ``data.source`` names other data, the rest of ``data`` with it. Without one, ``data`` holds changes to the data of
@@ -356,7 +356,7 @@ def as_trained(config, meta):
     Raises:
         UsageError: where the metadata do not say, and for lengths that the model or each other do not allow.
     """
-    model, train = typed(ModelConfig, meta["config"]["model"]), meta["config"].get("train", {})
+    model, train = parse(ModelConfig, meta["config"]["model"]), meta["config"].get("train", {})
     for key in ("seq_len", "batch_size"):
         if getattr(config, key) is None and key not in train:
             raise UsageError(f"the checkpoint does not say the {key} of its run: give {key}=NUMBER")
@@ -377,7 +377,7 @@ def as_trained(config, meta):
             "the checkpoint does not say which bytes it was trained on: name those to score with data=enwik8, "
             "data=stdlib or data=file data.path=FILE"
         )
-    return replace(config, seq_len=seq_len, stride=stride, batch_size=batch_size, data=typed(DataConfig, data))
+    return replace(config, seq_len=seq_len, stride=stride, batch_size=batch_size, data=parse(DataConfig, data))
 
 
 def data_of_run(meta):
@@ -389,7 +389,7 @@ def data_of_run(meta):
     return {**data, "source": data["fallback"] if fell_back else data["source"], "fallback": None}
 
 
-def typed(schema, config):
+def parse(schema, config):
     """An instance of the dataclass ``schema``, its values taken from ``config``, a mapping or an OmegaConf node."""
     for name, annotation in typing.get_type_hints(schema).items():
         if is_dataclass(annotation) and not isinstance(config.get(name, {}), dict | DictConfig):

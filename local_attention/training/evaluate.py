@@ -7,7 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from local_attention.training.workers import ALONE
+from local_attention.training.distributed import SINGLE_PROCESS
 
 
 class TokenLosses(nn.Cell):
@@ -52,7 +52,7 @@ class Evaluator:
         workers: who share the work; all must call.
     """
 
-    def __init__(self, model, seq_len, batch_size, workers=ALONE):
+    def __init__(self, model, seq_len, batch_size, workers=SINGLE_PROCESS):
         self.model, self.seq_len, self.batch_size = model, seq_len, batch_size
         self.workers = workers
         self.token_losses = TokenLosses(model)

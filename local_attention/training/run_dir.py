@@ -11,8 +11,8 @@ import yaml
 
 from local_attention.training.checkpoint import Checkpoints, remove_leftovers, write_text
 from local_attention.training.config import RunConfig, as_dict, flat
+from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.errors import CheckpointError, UsageError
-from local_attention.training.workers import ALONE
 
 # What a continued run must share with the run that wrote the checkpoint.
 FIXED = ("model.", "seed", "data.fingerprint", "optimizer.name")
@@ -22,7 +22,7 @@ log = logging.getLogger("train")
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPaths:
     """A run directory, and the checkpoint to go on from, if any."""
 
     run_dir: Path
@@ -33,7 +33,7 @@ class Place:
         return self.run_dir / "checkpoints"
 
 
-def find_place(config, experiment):
+def find_run_paths(config, experiment):
     """Decide from ``run_dir`` and ``resume`` of a ``RunConfig`` where the run writes and what it continues.
 
     ``resume=auto`` continues the run in ``run_dir``, if there is one; ``resume=RUN_DIR`` that run, in place unless
@@ -48,15 +48,15 @@ def find_place(config, experiment):
         run_dir = run_dir or new
         if config.resume is None:
             refuse_to_overwrite(run_dir)
-        return Place(run_dir, Checkpoints(run_dir / "checkpoints").find("last"))
+        return RunPaths(run_dir, Checkpoints(run_dir / "checkpoints").find("last"))
     source = Path(config.resume)
     if not source.exists():
         raise UsageError(f"resume={source}: no such run directory or checkpoint")
     if run_dir and not (source.is_dir() and run_dir.resolve() == source.resolve()):
         refuse_to_overwrite(run_dir)
     if not source.is_dir():
-        return Place(run_dir or new, source)
-    return Place(run_dir or source, checkpoint_of(source, "last"))
+        return RunPaths(run_dir or new, source)
+    return RunPaths(run_dir or source, checkpoint_of(source, "last"))
 
 
 def refuse_to_overwrite(run_dir):
@@ -80,7 +80,7 @@ def checkpoint_of(run_dir, name):
     return path
 
 
-def origin(config, corpus, workers=ALONE):
+def origin(config, corpus, workers=SINGLE_PROCESS):
     """What a checkpoint keeps of where it came from: the config, which bytes, and how many workers."""
     data = {"name": corpus.name, "fingerprint": corpus.fingerprint}
     return {"config": as_dict(config), "data": data, "workers": workers.count}
@@ -99,7 +99,7 @@ def settings(origin):
     return values
 
 
-def check_same_run(config, corpus, meta, workers=ALONE):
+def check_same_run(config, corpus, meta, workers=SINGLE_PROCESS):
     """Refuse to go on with other settings or bytes than the checkpoint's where that would not be the same run.
 
     Other changes are logged. A setting that is younger than the checkpoint had its default there. Groups of settings
@@ -157,7 +157,7 @@ def create(run_dir, config):
     return lock
 
 
-def announce(place, model, train, workers=ALONE):
+def announce(place, model, train, workers=SINGLE_PROCESS):
     """Say how large the model is, what a step sees and where the run is."""
     parameters = sum(parameter.size for parameter in model.trainable_params())
     workers = f" of each of {workers.count} workers" if workers.count > 1 else ""

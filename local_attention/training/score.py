@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from local_attention.decode import Decoder
+from local_attention.decoding import DecodingSession
 from local_attention.training.evaluate import Score
 
 CHUNK = 256  # bytes a call of the compiled graph
@@ -26,7 +26,7 @@ def score_stream(model, pieces):
     Raises:
         ValueError: for a text of no bytes.
     """
-    decoder = Decoder(model, chunk=CHUNK, chunk_from=1)
+    decoder = DecodingSession(model, chunk=CHUNK, chunk_from=1)
     nats, scored = 0.0, 0
     before = decoder.feed([[ord("\n")]])[0]
     for piece in pieces:

@@ -6,7 +6,7 @@ import time
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.layers import for_each
+from local_attention.layers import tree_map
 from local_attention.training.optimizer import Adam, sum_of_squares
 
 log = logging.getLogger("train")
@@ -72,7 +72,7 @@ class TrainStep(nn.TrainOneStepCell):
         """``crops: (grad_accum_every, b, n + 1)`` int32. Returns loss in nats, unclipped norm, learning rate."""
         keys, rows = None, ops.zeros((self.grad_accum_every, 1, 1), ms.float32)
         if self.of_ngrams is not None:
-            keys = self.ngram_emb.keys_of_text(crops.reshape((-1, crops.shape[-1]))[:, :-1])
+            keys = self.ngram_emb.bucket_ids_of_sequence(crops.reshape((-1, crops.shape[-1]))[:, :-1])
             rows = self.ngram_emb.look_up(keys).reshape((self.grad_accum_every, -1, self.ngram_emb.ngram_dim))
         if self.grad_accum_every > 1:
             loss, gradients, rows = self.accumulate(crops, rows)
@@ -88,7 +88,7 @@ class TrainStep(nn.TrainOneStepCell):
         # be skipped is made an update by nothing.
         taken = ops.isfinite(loss + norm).astype(norm.dtype)
         shrink = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6)) * taken
-        clipped = for_each(ops.partial(times_or_zero, shrink), gradients)
+        clipped = tree_map(ops.partial(times_or_zero, shrink), gradients)
         learning_rate = self.optimizer.learning_rate + 0.0
         if self.can_skip:
             loss = ops.depend(loss, self.optimizer(clipped, taken))
@@ -108,7 +108,7 @@ class TrainStep(nn.TrainOneStepCell):
         ``rows: (grad_accum_every, k, ngram_dim)``; without n-grams of no meaning, and returned.
         """
         ops.assign(self.loss_sum, ops.zeros_like(self.loss_sum))
-        for_each(ops.assign, self.gradient_sums, for_each(ops.zeros_like, self.gradient_sums))
+        tree_map(ops.assign, self.gradient_sums, tree_map(ops.zeros_like, self.gradient_sums))
         i = Tensor(0, ms.int32)
         while i < self.grad_accum_every:
             if self.of_ngrams is None:
@@ -117,15 +117,15 @@ class TrainStep(nn.TrainOneStepCell):
                 loss, (of_rows, gradients) = self.loss_and_gradients(ops.gather(crops, i, 0), ops.gather(rows, i, 0))
                 rows = self.put(rows, i.reshape((1, 1)), of_rows.reshape((1, *of_rows.shape)))  # these are done with
             ops.assign_add(self.loss_sum, loss)
-            for_each(ops.assign_add, self.gradient_sums, gradients)
+            tree_map(ops.assign_add, self.gradient_sums, gradients)
             i = i + 1
         share = 1 / self.grad_accum_every
-        return self.loss_sum * share, for_each(ops.partial(ops.mul, share), self.gradient_sums), rows * share
+        return self.loss_sum * share, tree_map(ops.partial(ops.mul, share), self.gradient_sums), rows * share
 
 
 def global_norm(tensors):
     """Square root of the sum of all squares."""
-    return ops.sqrt(ops.addn(for_each(sum_of_squares, tensors)))
+    return ops.sqrt(ops.addn(tree_map(sum_of_squares, tensors)))
 
 
 def compile_step(step, train):

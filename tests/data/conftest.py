@@ -13,7 +13,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from data.download import Patience
+from data.download import RetryPolicy
 
 
 class Mirror:
@@ -126,12 +126,12 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
 
 
 @pytest.fixture
-def patience() -> Patience:
-    return Patience(timeout=5.0, attempts=3, backoff=0.01, min_rate=50_000, min_rate_window=0.4)
+def patience() -> RetryPolicy:
+    return RetryPolicy(timeout=5.0, attempts=3, backoff=0.01, min_rate=50_000, min_rate_window=0.4)
 
 
 @pytest.fixture
-def impatience(patience: Patience) -> Patience:
+def impatience(patience: RetryPolicy) -> RetryPolicy:
     """For servers that fall silent: elsewhere a busy machine must not look like a silent server."""
     return replace(patience, timeout=0.3)
 

@@ -45,14 +45,14 @@ def test_the_fingerprint_is_the_start_of_the_sha256_of_all_bytes():
 
 def test_a_split_shorter_than_a_crop_is_refused_with_both_numbers():
     corpus = corpus_of(1020)
-    corpus.require("train", "val", "test", crop_bytes=51)
+    corpus.require("train", "val", "test", sequence_bytes=51)
     with pytest.raises(DataError) as error:
-        corpus.require("train", "val", crop_bytes=52)
+        corpus.require("train", "val", sequence_bytes=52)
     assert str(error.value) == (
         "the val split of x has 51 bytes, but a crop needs train.seq_len + 1 = 52: "
         "use a larger file or a smaller train.seq_len"
     )
-    corpus.require("train", crop_bytes=900)
+    corpus.require("train", sequence_bytes=900)
 
 
 def test_an_unknown_split_is_refused_by_name():

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data import DataError, enwik8
-from data.download import Patience
+from data.download import RetryPolicy
 from data.enwik8 import ENWIK8, Expected, find_or_download
 from data.errors import DownloadError
 
@@ -28,11 +28,11 @@ LOCK = ".enwik8.lock"
 PROCESS = """
 import sys
 from pathlib import Path
-from data.download import Patience
+from data.download import RetryPolicy
 from data.enwik8 import Expected, find_or_download
 folder, url, size, sha256 = sys.argv[1:]
 expected = Expected("enwik8", int(size), sha256)
-print(find_or_download(Path(folder), expected, [url], Patience(timeout=60)).size)
+print(find_or_download(Path(folder), expected, [url], RetryPolicy(timeout=60)).size)
 """
 
 
@@ -43,7 +43,7 @@ def expected(content) -> Expected:
 
 @pytest.fixture
 def get(tmp_path, expected, patience) -> Callable[..., np.ndarray]:
-    def get(*mirrors: str, patience: Patience = patience) -> np.ndarray:
+    def get(*mirrors: str, patience: RetryPolicy = patience) -> np.ndarray:
         return find_or_download(tmp_path, expected, mirrors or ["http://[no download expected"], patience)
 
     return get

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import CropSampler, DataError
+from data import DataError, SequenceSampler
 from data.sampler import _epoch
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -13,10 +13,10 @@ INDICES = st.integers(0, 2**62)
 
 
 @st.composite
-def samplers(draw: st.DrawFn) -> CropSampler:
+def samplers(draw: st.DrawFn) -> SequenceSampler:
     size = draw(st.integers(2, 400))
     split = (np.arange(size) * 7 % 251).astype(np.uint8)
-    return CropSampler(split, crop_bytes=draw(st.integers(2, size)), seed=draw(SEEDS))
+    return SequenceSampler(split, sequence_bytes=draw(st.integers(2, size)), seed=draw(SEEDS))
 
 
 @given(samplers(), st.lists(INDICES, min_size=1, max_size=20), st.randoms(use_true_random=False))
@@ -32,25 +32,25 @@ def test_every_crop_lies_inside_the_split(sampler, indices):
     starts = sampler.starts(indices)
     assert starts.dtype == np.int64
     assert starts.min() >= 0
-    assert starts.max() + sampler.crop_bytes <= sampler.split.size
+    assert starts.max() + sampler.sequence_bytes <= sampler.split.size
 
 
 @given(samplers(), st.integers(0, 2**20))
 def test_an_epoch_visits_each_of_its_crops_once_and_neighbours_share_one_byte(sampler, epoch):
-    crops = sampler.crops_per_epoch
+    crops = sampler.sequences_per_epoch
     starts = np.sort(sampler.starts(epoch * crops + np.arange(crops)))
-    assert np.all(np.diff(starts) == sampler.crop_bytes - 1)
-    fit = (sampler.split.size - 1) // (sampler.crop_bytes - 1)
+    assert np.all(np.diff(starts) == sampler.sequence_bytes - 1)
+    fit = (sampler.split.size - 1) // (sampler.sequence_bytes - 1)
     assert crops >= max(1, fit - 1), "at most one crop is given up for the phase"
 
 
 @given(samplers(), st.integers(0, 10**9), st.integers(0, 20))
 def test_a_crop_is_what_the_split_holds_at_its_start(sampler, first_index, count):
     crops = sampler.crops(first_index, count)
-    assert crops.shape == (count, sampler.crop_bytes) and crops.dtype == np.uint8
+    assert crops.shape == (count, sampler.sequence_bytes) and crops.dtype == np.uint8
     starts = sampler.starts(range(first_index, first_index + count))
     for crop, start in zip(crops, starts, strict=True):
-        np.testing.assert_array_equal(crop, sampler.split[start : start + sampler.crop_bytes])
+        np.testing.assert_array_equal(crop, sampler.split[start : start + sampler.sequence_bytes])
 
 
 @given(samplers(), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6))
@@ -66,44 +66,44 @@ def test_workers_that_share_the_indices_see_the_crops_of_one_worker(sampler, fir
 @settings(max_examples=30)
 def test_other_seeds_give_other_crops(one, other):
     split = np.zeros(50_000, np.uint8)
-    first, second = (CropSampler(split, 11, seed).starts(range(50)) for seed in (one, other))
+    first, second = (SequenceSampler(split, 11, seed).starts(range(50)) for seed in (one, other))
     assert np.array_equal(first, second) == (one == other)
 
 
 def test_seeds_that_differ_only_above_32_bits_give_other_crops():
     split = np.zeros(50_000, np.uint8)
-    starts = [CropSampler(split, 11, seed).starts(range(50)).tolist() for seed in (1, 1 + 2**32, 1 + 2**63)]
+    starts = [SequenceSampler(split, 11, seed).starts(range(50)).tolist() for seed in (1, 1 + 2**32, 1 + 2**63)]
     assert starts[0] != starts[1] != starts[2] != starts[0]
 
 
 def test_epochs_differ_in_order_and_in_phase():
-    sampler = CropSampler(np.zeros(50_000, np.uint8), 101, seed=0)
-    crops = sampler.crops_per_epoch
+    sampler = SequenceSampler(np.zeros(50_000, np.uint8), 101, seed=0)
+    crops = sampler.sequences_per_epoch
     epochs = [sampler.starts(epoch * crops + np.arange(crops)) for epoch in range(10)]
     assert len({tuple((starts - starts.min()).tolist()) for starts in epochs}) == 10
     assert len({int(starts.min()) for starts in epochs}) > 5
 
 
 def test_after_enough_epochs_every_byte_was_seen():
-    sampler = CropSampler(np.zeros(57, np.uint8), 11, seed=0)
-    starts = np.unique(sampler.starts(range(200 * sampler.crops_per_epoch)))
+    sampler = SequenceSampler(np.zeros(57, np.uint8), 11, seed=0)
+    starts = np.unique(sampler.starts(range(200 * sampler.sequences_per_epoch)))
     assert set((starts[:, None] + np.arange(11)).ravel()) == set(range(57))
 
 
 def test_a_split_of_exactly_one_crop_gives_that_crop_every_time():
     split = np.arange(33, dtype=np.uint8)
-    sampler = CropSampler(split, 33, seed=5)
-    assert sampler.crops_per_epoch == 1
+    sampler = SequenceSampler(split, 33, seed=5)
+    assert sampler.sequences_per_epoch == 1
     np.testing.assert_array_equal(sampler.crops(10**12, 3), np.stack([split] * 3))
 
 
 def test_the_crops_of_a_seed_are_the_same_for_ever():
-    sampler = CropSampler(np.zeros(1000, np.uint8), 33, seed=2**63)
+    sampler = SequenceSampler(np.zeros(1000, np.uint8), 33, seed=2**63)
     assert sampler.starts([0, 1, 2, 29, 30, 10**12]).tolist() == [739, 67, 483, 195, 611, 257]
 
 
 @pytest.mark.parametrize(
-    "size, crop_bytes, seed, complaint",
+    "size, sequence_bytes, seed, complaint",
     [
         (10, 11, 0, "split of 10 bytes holds no crop of 11"),
         (10, 1, 0, "at least 2 bytes, got 1"),
@@ -111,11 +111,11 @@ def test_the_crops_of_a_seed_are_the_same_for_ever():
         (10, 5, 2**64, "got 18446744073709551616"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(size, crop_bytes, seed, complaint):
+def test_what_cannot_be_sampled_is_refused(size, sequence_bytes, seed, complaint):
     with pytest.raises(DataError, match=complaint):
-        CropSampler(np.zeros(size, np.uint8), crop_bytes, seed)
+        SequenceSampler(np.zeros(size, np.uint8), sequence_bytes, seed)
 
 
 def test_a_negative_index_is_refused():
     with pytest.raises(DataError, match="count from 0, got -1"):
-        CropSampler(np.zeros(10, np.uint8), 5, 0).starts([3, -1])
+        SequenceSampler(np.zeros(10, np.uint8), 5, 0).starts([3, -1])

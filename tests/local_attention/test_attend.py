@@ -4,7 +4,7 @@ from local_attention.attend import Attend, AttendWithDropout
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, value_and_gradients
 
-HIDDEN = np.finfo(np.float32).min / 2
+MASK_VALUE = np.finfo(np.float32).min / 2
 
 
 def attend(q, k, v, bias):
@@ -15,7 +15,7 @@ def inputs(rng):
     q, k, v = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 6, 3)), rng.standard_normal((2, 6, 3))
     hidden = rng.random((2, 4, 6)) < 0.4
     hidden[:, :, 0] = False
-    return q, k, v, np.where(hidden, HIDDEN, 0)
+    return q, k, v, np.where(hidden, MASK_VALUE, 0)
 
 
 @both_modes
@@ -31,7 +31,7 @@ def test_output_and_gradients_are_those_of_softmax_attention(mode, rng):
 
 def test_a_hidden_key_has_no_effect_and_no_gradient(rng):
     q, k, v, bias = inputs(rng)
-    bias[:, :, 4] = HIDDEN
+    bias[:, :, 4] = MASK_VALUE
     cotangent = np.ones((2, 4, 3))
     value, (_, dk, dv, _) = value_and_gradients(Attend(), [q, k, v, bias], cotangent)
     assert (dk[:, 4] == 0).all() and (dv[:, 4] == 0).all()

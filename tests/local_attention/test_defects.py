@@ -6,7 +6,7 @@ import pytest
 from mindspore import nn, ops
 
 from local_attention import LocalAttention, LocalTransformer
-from local_attention.decode import Decoder, UncachedContext
+from local_attention.decoding import DecodingSession, UncachedSession
 from tests.local_attention import reference
 from tests.local_attention.cells import Loss, both_modes, randomise, run, tensor, value_and_gradients
 
@@ -27,7 +27,7 @@ def text(*shape):
 
 
 def assert_cached_equals_full(model, length=33, batch=2):
-    x, decoder = text(batch, length), Decoder(model, batch)
+    x, decoder = text(batch, length), DecodingSession(model, batch)
     cached = np.stack([decoder.feed(column) for column in x.T], 1)
     np.testing.assert_allclose(cached, run(model, x), atol=1e-4)
 
@@ -125,13 +125,13 @@ def test_defect_9_without_learned_positions_generation_goes_on_beyond_max_seq_le
 
 def test_defect_9_with_learned_positions_the_context_starts_again_from_its_newest_half():
     limited, x = model(max_seq_len=8), text(1, 18)
-    decoder, context = Decoder(limited), np.zeros((1, 0), int)
+    decoder, context = DecodingSession(limited), np.zeros((1, 0), int)
     for token in x.T:
         if context.shape[1] == 8:
             context = context[:, 4:]
         context = np.concatenate([context, token[:, None]], 1)
         np.testing.assert_allclose(decoder.feed(token), run(limited, context)[:, -1], atol=1e-4)
-    np.testing.assert_allclose(UncachedContext(limited, 1).feed(x)[:, -1], run(limited, context)[:, -1], atol=1e-4)
+    np.testing.assert_allclose(UncachedSession(limited, 1).feed(x)[:, -1], run(limited, context)[:, -1], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ import sys
 for name in ("hydra", "omegaconf", "tqdm", "tensorboardX", "tensorboard", "yaml", "matplotlib", "torch"):
     sys.modules[name] = None  # as if it were not installed
 from local_attention import *
-import local_attention.decode, local_attention.torch_state
+import local_attention.decoding, local_attention.torch_state
 assert LocalAttention and LocalMHA and LocalTransformer and Rearrange and DynamicPositionBias
 print([m for m in ("local_attention.training", "data") if m in sys.modules])
 """

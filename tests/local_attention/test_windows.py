@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import nn
 
-from local_attention.windows import HIDDEN, additive_mask, block_size, look_around, visible
+from local_attention.windows import MASK_VALUE, additive_mask, block_size, look_around, visible
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, examples, tensor, value_and_gradients
 
@@ -148,7 +148,7 @@ def test_the_additive_mask_holds_the_visible_keys_of_every_block(rule, length, g
         of_group = mask[group * blocks : (group + 1) * blocks].reshape(blocks * window, -1)[:length]
         wanted_of_group = wanted.reshape(blocks * window, -1)[:length]
         assert (of_group[wanted_of_group] == 0).all()
-        assert (of_group[~wanted_of_group] == np.float32(HIDDEN)).all()
+        assert (of_group[~wanted_of_group] == np.float32(MASK_VALUE)).all()
 
 
 def test_the_additive_mask_of_the_same_arguments_is_one_tensor():
@@ -166,8 +166,8 @@ def test_the_additive_mask_marks_where_a_token_meets_itself():
 
 
 def test_what_hides_a_key_leaves_no_weight_and_makes_no_infinity():
-    assert np.exp(np.float32(HIDDEN)) == 0
-    assert np.isfinite(np.float32(3 * HIDDEN) - np.float32(1e30))
+    assert np.exp(np.float32(MASK_VALUE)) == 0
+    assert np.isfinite(np.float32(3 * MASK_VALUE) - np.float32(1e30))
 
 
 def surroundings(x, before, after):

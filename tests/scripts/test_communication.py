@@ -1,14 +1,14 @@
 import pytest
 
-from scripts.communication import PLACES, Place, Step, main, seconds
+from scripts.communication import PLACES, RunPaths, Step, main, seconds
 from tests.e2e.conftest import ROOT
 
 STEP = Step(flops=6e9, gradients=80_000_000, parameters=10, rows=1_000_000)
-ALONE = Place("machines", flops=2e9, inside=None, network=1e8, latency=1e-3, fused=False)
-SERVERS = Place("servers", flops=2e9, inside=1e10, network=1e8, latency=1e-3, fused=True)
+SINGLE_PROCESS = RunPaths("machines", flops=2e9, inside=None, network=1e8, latency=1e-3, fused=False)
+SERVERS = RunPaths("servers", flops=2e9, inside=1e10, network=1e8, latency=1e-3, fused=True)
 
 
-@pytest.mark.parametrize("place", [ALONE, SERVERS, *PLACES])
+@pytest.mark.parametrize("place", [SINGLE_PROCESS, SERVERS, *PLACES])
 def test_one_worker_only_computes(place):
     computing, communicating = seconds(STEP, place, 1)
     assert computing == STEP.flops / place.flops
@@ -17,7 +17,7 @@ def test_one_worker_only_computes(place):
 
 def test_machines_pass_gradients_and_rows_around_a_ring():
     # Twice three quarters of 80 MB, the rows of three others, and six messages for each of ten parameters.
-    assert seconds(STEP, ALONE, 4)[1] == pytest.approx(2 * 0.75 * 0.8 + 3 * 0.01 + 6 * 10 * 1e-3)
+    assert seconds(STEP, SINGLE_PROCESS, 4)[1] == pytest.approx(2 * 0.75 * 0.8 + 3 * 0.01 + 6 * 10 * 1e-3)
 
 
 def test_servers_do_so_inside_first():

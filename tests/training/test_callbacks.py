@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor
 
 from local_attention.training import callbacks
-from local_attention.training.callbacks import Advance, Evaluate, Report, Sample, SaveLast, Saver
+from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, Saver, StepController
 from local_attention.training.checkpoint import Checkpoints, read
 from local_attention.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from local_attention.training.evaluate import Score
@@ -62,7 +62,7 @@ def steps_of(callback, state, count):
         callback.on_train_step_end(Context())
 
 
-# Advance
+# StepController
 
 
 TRAIN = TrainConfig(seq_len=10, batch_size=3, grad_accum_every=2)
@@ -76,7 +76,7 @@ CONFIG = RunConfig(
 def advance(state):
     step_cell = SimpleNamespace(rates=[])
     step_cell.set_learning_rate = step_cell.rates.append
-    return Advance(state, step_cell, CONFIG)
+    return StepController(state, step_cell, CONFIG)
 
 
 def one_step(callback, clock, seconds=2.0, outputs=(0.0, 0.0, 0.0)):
@@ -159,7 +159,7 @@ def test_a_signal_ends_the_run_after_the_step(clock):
 
 @dataclass
 class Measured:
-    """Stands in for an :class:`Advance`: step n takes n seconds and gives n bits per byte."""
+    """Stands in for an :class:`StepController`: step n takes n seconds and gives n bits per byte."""
 
     state: RunState
     bytes_a_step: int = 60
@@ -332,7 +332,7 @@ def sample(monkeypatch):
         asked.append((decoder, bytes(prompt), length, options))
         yield from (np.array([token]) for token in b"\xc3\xa9\x1b!")
 
-    monkeypatch.setattr(callbacks, "Decoder", lambda model: ["decoder", model])
+    monkeypatch.setattr(callbacks, "DecodingSession", lambda model: ["decoder", model])
     monkeypatch.setattr(callbacks, "generate_tokens", generate_tokens)
 
     def make(state, interval=2):

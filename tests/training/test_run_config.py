@@ -23,14 +23,14 @@ from local_attention.training.config import (
     RunConfig,
     ScoreConfig,
     as_dict,
-    as_trained,
     evaluate_config,
+    fill_from_checkpoint,
     generate_config,
     keys_of,
+    parse,
     run_config,
     score_config,
     type_at,
-    typed,
     unknown_key,
 )
 from local_attention.training.errors import UsageError
@@ -366,7 +366,7 @@ def meta_of(source="file", name="a.txt", **model):
 
 
 def trained(meta, data=None, **values):
-    return as_trained(EvaluateConfig(run="runs/a", data=OtherDataConfig(**(data or {})), **values), meta)
+    return fill_from_checkpoint(EvaluateConfig(run="runs/a", data=OtherDataConfig(**(data or {})), **values), meta)
 
 
 def refusal(meta, **values):
@@ -450,12 +450,12 @@ def test_a_config_is_a_tree_of_dataclasses_with_the_values_given(checked):
     assert (config.model.dim, config.train.seq_len, config.seed) == (24, 512, 3)
     assert config.model.max_seq_len == 512  # follows train.seq_len
     assert as_dict(config)["model"]["dim"] == 24
-    assert typed(RunConfig, as_dict(config)) == config
+    assert parse(RunConfig, as_dict(config)) == config
 
 
 def test_a_part_of_a_config_can_be_rebuilt(checked):
     model = checked("train").model
-    assert typed(ModelConfig, as_dict(model)) == model
+    assert parse(ModelConfig, as_dict(model)) == model
 
 
 def test_a_text_without_end_is_the_only_sample(checked):

@@ -21,7 +21,7 @@ from local_attention.training.config import (
     run_config,
 )
 from local_attention.training.errors import CheckpointError, UsageError
-from local_attention.training.run_dir import Place, check_same_run, checkpoint_of, find_place
+from local_attention.training.run_dir import RunPaths, check_same_run, checkpoint_of, find_run_paths
 from tests.training.toys import tiny_transformer
 
 
@@ -39,7 +39,7 @@ def made_run(path, *steps, best=None):
 
 
 def place(**values):
-    return find_place(RunConfig(**values), "quickstart")
+    return find_run_paths(RunConfig(**values), "quickstart")
 
 
 def step_of(path):
@@ -60,9 +60,9 @@ def test_without_run_dir_a_new_one_is_named_after_experiment_and_time(resume):
 
 @pytest.mark.parametrize("resume", ["auto", None])
 def test_a_run_dir_without_checkpoint_is_begun(tmp_path, resume):
-    assert place(run_dir=str(tmp_path / "absent"), resume=resume) == Place(tmp_path / "absent", None)
+    assert place(run_dir=str(tmp_path / "absent"), resume=resume) == RunPaths(tmp_path / "absent", None)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    assert place(run_dir=str(tmp_path / "empty"), resume=resume) == Place(tmp_path / "empty", None)
+    assert place(run_dir=str(tmp_path / "empty"), resume=resume) == RunPaths(tmp_path / "empty", None)
 
 
 def test_auto_continues_the_last_checkpoint_of_run_dir(tmp_path):
@@ -262,6 +262,6 @@ def test_a_directory_that_is_there_gets_the_config_of_now(tmp_path):
 def test_a_run_says_how_large_it_is_and_where(tmp_path, caplog, checkpoint, word):
     caplog.set_level("INFO", logger="train")
     model = tiny_transformer()
-    run_dir.announce(Place(tmp_path, checkpoint), model, replace(TrainConfig(), grad_accum_every=2, batch_size=3))
+    run_dir.announce(RunPaths(tmp_path, checkpoint), model, replace(TrainConfig(), grad_accum_every=2, batch_size=3))
     size = sum(parameter.asnumpy().size for parameter in model.trainable_params())
     assert f"{size:,} parameters; 2 x 3 crops of 1,024 bytes a step; {word} {tmp_path}" in caplog.text

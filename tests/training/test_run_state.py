@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.state import RunState
-from local_attention.training.workers import ALONE
 
 
 def test_progress_is_by_steps(clock):
@@ -18,7 +18,7 @@ def test_progress_is_by_minutes(clock):
     state.step = 10**6
     clock.now += 30
     assert state.progress == 0
-    state.agree(ALONE)
+    state.agree(SINGLE_PROCESS)
     assert state.progress == 0.25
 
 
@@ -26,7 +26,7 @@ def test_progress_is_by_minutes(clock):
 def test_of_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
     state = RunState(40, 2.0, step=step)
     clock.now += seconds
-    state.agree(ALONE)
+    state.agree(SINGLE_PROCESS)
     assert state.progress == progress
 
 
@@ -34,7 +34,7 @@ def test_of_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
 def test_a_run_is_finished_at_either_limit(clock, step, seconds, finished):
     state = RunState(40, 2.0, step=step)
     clock.now += seconds
-    state.agree(ALONE)
+    state.agree(SINGLE_PROCESS)
     assert state.finished is finished
 
 

@@ -9,7 +9,7 @@ from local_attention.dropout import Dropout
 from local_attention.training.checkpoint import tensors_of
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.evaluate import Evaluator
-from local_attention.training.optimizer import build_optimizer, for_each, sum_of_squares
+from local_attention.training.optimizer import build_optimizer, sum_of_squares, tree_map
 from local_attention.training.step import LanguageModelLoss, TrainStep, compile_step
 from tests.training.toys import (
     TOKENS,
@@ -261,7 +261,7 @@ class Many(nn.Cell):
         self.weights = ms.ParameterTuple([Parameter(Tensor(np.ones((2, 2)), ms.float32), name=name) for name in names])
 
     def construct(self, crops, return_loss=False):
-        return ops.addn(for_each(sum_of_squares, self.weights))
+        return ops.addn(tree_map(sum_of_squares, self.weights))
 
 
 def test_a_step_of_many_parameters_compiles():

@@ -37,7 +37,7 @@ class Broadcast(Collective):
         return self.primitive((x,))[0]
 
 
-class Workers:
+class Distributed:
     """Which of how many this process is, and what it asks of the others; all must ask the same, in the same order.
 
     Args:
@@ -116,7 +116,7 @@ class Workers:
                 raise UsageError(f"worker {self.rank} has {key}={value}, worker 0 {led}: give both the same")
 
 
-ALONE = Workers()
+SINGLE_PROCESS = Distributed()
 
 
 def as_bits(array):
@@ -131,12 +131,12 @@ def from_bits(bits, like):
 
 
 def ask(collective, array):
-    with losses_explained():
+    with explain_lost_worker():
         return collective(ms.Tensor(array)).asnumpy()
 
 
 @contextmanager
-def losses_explained():
+def explain_lost_worker():
     """Say in one line, a :class:`RunError`, that another worker was lost, where a communication within fails."""
     try:
         yield
@@ -149,7 +149,7 @@ def losses_explained():
         ) from error
 
 
-def join_workers(parallel):
+def join_processes(parallel):
     """Become one of the workers that ``msrun`` started, where ``parallel`` is "data"; alone where it is "none".
 
     To be called after the device was chosen and before any Cell that communicates is made. It returns once all workers
@@ -163,7 +163,7 @@ def join_workers(parallel):
     if parallel == "none":
         if started:
             raise UsageError("parallel=none: expected parallel=data in a process that msrun started")
-        return ALONE
+        return SINGLE_PROCESS
     if not started:
         raise UsageError(
             "parallel=data: expected to be started by msrun, as scripts/launch.sh 2 … does; see docs/distributed.md"
@@ -177,6 +177,6 @@ def join_workers(parallel):
         raise RunError(what) from None
     ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
     collectives = Collective(ops.AllGather()), Broadcast(ops.Broadcast(0))
-    workers = Workers(communication.get_rank(), communication.get_group_size(), *collectives)
+    workers = Distributed(communication.get_rank(), communication.get_group_size(), *collectives)
     log.info(f"worker {workers.rank} of {workers.count}: process {os.getpid()}")
     return workers

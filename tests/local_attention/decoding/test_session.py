@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mindspore import nn, ops
 
 from local_attention import LocalTransformer
-from local_attention.decode import Decoder, UncachedContext, generate_tokens, keys_seen
+from local_attention.decoding import DecodingSession, UncachedSession, cache_length, generate_tokens
 from local_attention.kernels import library
 from tests.local_attention.cells import both_modes, examples, randomise, run, tensor
 
@@ -35,7 +35,7 @@ def fed(decoder, x):
 
 
 def assert_cached_equals_full(model, x, batch, use_kernels=None):
-    decoder = Decoder(model, batch, use_kernels=use_kernels)
+    decoder = DecodingSession(model, batch, use_kernels=use_kernels)
     np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
     if use_kernels is not None:
         assert (decoder.steps[1].step.kernels is not None) == use_kernels
@@ -103,26 +103,26 @@ def test_cached_logits_equal_the_full_pass_in_both_modes(mode, use_kernels):
 def test_the_kernels_compute_what_the_operators_do_for_sizes_that_fill_no_vectors(batch, dim, heads, dim_head):
     sizes = dict(dim=dim, heads=heads, dim_head=dim_head, local_attn_window_size=21, ff_mult=3)
     model, x = transformer(use_rotary_pos_emb=False, **sizes), texts(batch, 30)
-    with_kernels, without = (fed(Decoder(model, batch, use_kernels=use), x) for use in (True, False))
+    with_kernels, without = (fed(DecodingSession(model, batch, use_kernels=use), x) for use in (True, False))
     np.testing.assert_allclose(with_kernels, without, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 def test_the_kernels_give_the_same_bits_again_and_again():
     model, x = transformer(dim=96, heads=4, dim_head=64), texts(3, 20)
-    first = fed(Decoder(model, 3), x)
+    first = fed(DecodingSession(model, 3), x)
     for _ in range(5):
-        np.testing.assert_array_equal(fed(Decoder(model, 3), x), first)
+        np.testing.assert_array_equal(fed(DecodingSession(model, 3), x), first)
 
 
 @needs_kernels
 def test_the_kernels_are_refused_where_they_cannot_be_used():
     model = transformer()
-    assert Decoder(model).use_kernels
+    assert DecodingSession(model).use_kernels
     model.layers[0].attention.to_q.weight.set_dtype(ms.float16)
-    assert not Decoder(model).use_kernels
+    assert not DecodingSession(model).use_kernels
     with pytest.raises(ValueError, match="expected use_kernels=False"):
-        Decoder(model, use_kernels=True)
+        DecodingSession(model, use_kernels=True)
 
 
 @given(
@@ -157,7 +157,7 @@ def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch,
     model = transformer(**options)
     length = max(4 * options["local_attn_window_size"] + 2, sum(pieces))
     x = texts(batch, min(length, 32))
-    decoder = Decoder(model, batch, chunk=chunk, chunk_from=2, use_kernels=use_kernels)
+    decoder = DecodingSession(model, batch, chunk=chunk, chunk_from=2, use_kernels=use_kernels)
     logits, rest = [], x
     for piece in [*pieces, length]:  # in pieces, one by one where a piece is a single token
         if rest.shape[1]:
@@ -169,7 +169,7 @@ def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch,
 @both_modes
 def test_chunks_equal_the_full_pass_in_both_modes(mode):
     model, x = transformer(), texts(2, 13)
-    decoder = Decoder(model, 2, chunk=4, chunk_from=3)
+    decoder = DecodingSession(model, 2, chunk=4, chunk_from=3)
     logits = np.concatenate([decoder.feed(part) for part in (x[:, :6], x[:, 6:7], x[:, 7:])], 1)
     np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
     assert set(decoder.steps) == {1, 4}
@@ -177,13 +177,13 @@ def test_chunks_equal_the_full_pass_in_both_modes(mode):
 
 def test_a_chunk_is_never_longer_than_the_decay_of_xpos_allows():
     model = transformer(use_xpos=True, use_abs_pos_emb=False, local_attn_window_size=2)  # with a base of 1
-    decoder, x = Decoder(model), texts(1, 300)
+    decoder, x = DecodingSession(model), texts(1, 300)
     np.testing.assert_allclose(decoder.feed(x), run(model, x), atol=1e-4)
     assert len(decoder.steps) == 1 and decoder.chunk == 55
 
 
 def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
-    decoder = Decoder(transformer(), chunk=4, chunk_from=6)
+    decoder = DecodingSession(transformer(), chunk=4, chunk_from=6)
     decoder.feed(texts(1, 5))
     assert set(decoder.steps) == {1}
     decoder.feed(texts(1, 6))
@@ -195,7 +195,7 @@ def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
 @examples(6)
 def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(limit, pieces):
     model = transformer(max_seq_len=limit, **NGRAMS)
-    cached, full = Decoder(model, chunk=3, chunk_from=2), UncachedContext(model, 1)
+    cached, full = DecodingSession(model, chunk=3, chunk_from=2), UncachedSession(model, 1)
     for piece in pieces:
         x = texts(1, piece, seed=piece)
         np.testing.assert_allclose(cached.feed(x), full.feed(x), atol=1e-4)
@@ -225,7 +225,7 @@ def long_model(limit):
     return transformer(max_seq_len=limit)
 
 
-class StandIn(UncachedContext):
+class StandIn(UncachedSession):
     """Computes nothing, but notes how many tokens it would have, and which the newest one sees."""
 
     fed = 0
@@ -245,14 +245,14 @@ def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in
     model = transformer(attn_dropout=0.5, ff_dropout=0.5)
     wanted = run(model.set_train(False), texts(1, 6))
     model.set_train()
-    np.testing.assert_allclose(fed(Decoder(model), texts(1, 6)), wanted, atol=1e-4)
+    np.testing.assert_allclose(fed(DecodingSession(model), texts(1, 6)), wanted, atol=1e-4)
     assert model.training and model.layers[0].training
 
 
 @pytest.mark.parametrize("options", [{}, dict(exact_windowsize=False, use_abs_pos_emb=False)], ids=["exact", "whole"])
 def test_greedy_text_is_the_same_with_and_without_the_cache(options):
     model, prompt, length = transformer(seed=1, **options), [3, 1, 4], 15
-    cached = [int(token) for (token,) in generate_tokens(Decoder(model), prompt, length, temperature=0)]
+    cached = [int(token) for (token,) in generate_tokens(DecodingSession(model), prompt, length, temperature=0)]
     text = list(prompt)
     for _ in range(length):
         text.append(int(run(model, [text])[0, -1].argmax()))
@@ -269,8 +269,8 @@ def test_the_size_of_the_cache_depends_on_the_window_alone():
         (dict(look_backward=0), 1),
     ]:
         model = transformer(max_seq_len=1000, **options)
-        assert keys_seen(model.layers[0].attention.attention) == size
-        decoder = Decoder(model, 3, chunk=5)
+        assert cache_length(model.layers[0].attention.attention) == size
+        decoder = DecodingSession(model, 3, chunk=5)
         decoder.feed(texts(3, 20))
         assert [p.shape for ring in decoder.rings for p in ring] == [
             (3 * 2 * (size + 1), 4)
@@ -282,10 +282,10 @@ def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
     x = texts(2, 17)
     for more in ({}, dict(use_xpos=True), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True)):
         model = transformer(**options, **more)
-        decoder = Decoder(model, 2, chunk=6, chunk_from=2, burst=3)
+        decoder = DecodingSession(model, 2, chunk=6, chunk_from=2, burst=3)
         decoder.position = 10**6  # nothing held lies in sight, so the text may as well begin here
         logits = np.concatenate([decoder.feed(x[:, :1]), decoder.feed(x[:, 1:13]), decoder.feed(x[:, 13:])], 1)
-        near = Decoder(model, 2).feed(x)
+        near = DecodingSession(model, 2).feed(x)
         # what lies before it: slots that hold nothing but zeros, seen with a score of 0
         alone = 2 * options["local_attn_window_size"]
         np.testing.assert_allclose(logits[:, alone:], near[:, alone:], atol=1e-4)
@@ -308,7 +308,7 @@ def test_without_learned_positions_text_goes_on_far_beyond_max_seq_len():
 @pytest.mark.parametrize("limit", [1, 2, 7, 8])
 def test_beyond_max_seq_len_the_context_starts_again_from_its_newest_half(limit):
     model = transformer(max_seq_len=limit, local_attn_window_size=2, look_backward=2)
-    decoder = Decoder(model, 2)
+    decoder = DecodingSession(model, 2)
     context = np.zeros((2, 0), int)
     for token in texts(2, 3 * limit).T:
         if context.shape[1] == limit:
@@ -319,18 +319,18 @@ def test_beyond_max_seq_len_the_context_starts_again_from_its_newest_half(limit)
 
 def test_the_rows_of_a_batch_do_not_see_each_other():
     model, x = transformer(), texts(3, 9)
-    together = fed(Decoder(model, 3), x)
+    together = fed(DecodingSession(model, 3), x)
     for row in range(3):
-        np.testing.assert_allclose(together[row], fed(Decoder(model), x[row : row + 1])[0], atol=1e-5)
+        np.testing.assert_allclose(together[row], fed(DecodingSession(model), x[row : row + 1])[0], atol=1e-5)
     x[1] = (x[1] + 1) % 11
-    changed = fed(Decoder(model, 3), x)
+    changed = fed(DecodingSession(model, 3), x)
     np.testing.assert_array_equal(changed[[0, 2]], together[[0, 2]])
     assert abs(changed[1] - together[1]).max() > 0.01
 
 
 def test_two_decoders_of_one_model_do_not_disturb_each_other():
     model, x = transformer(), texts(2, 10)
-    decoders = Decoder(model), Decoder(model)
+    decoders = DecodingSession(model), DecodingSession(model)
     for i in range(10):
         for decoder, row in zip(decoders, x, strict=True):
             logits = decoder.feed(row[i : i + 1])
@@ -339,17 +339,17 @@ def test_two_decoders_of_one_model_do_not_disturb_each_other():
 
 def test_after_a_reset_nothing_of_the_former_context_is_left():
     model = transformer(**NGRAMS)
-    decoder = Decoder(model)
+    decoder = DecodingSession(model)
     fed(decoder, texts(1, 7))
     decoder.reset()
     x = texts(1, 9, seed=1)
-    np.testing.assert_array_equal(fed(decoder, x), fed(Decoder(model), x))
+    np.testing.assert_array_equal(fed(decoder, x), fed(DecodingSession(model), x))
 
 
 def test_the_model_is_not_changed_by_decoding():
     model, x = transformer(), texts(1, 8)
     before, names = run(model, x), [p.name for p in model.trainable_params()]
-    fed(Decoder(model), x)
+    fed(DecodingSession(model), x)
     np.testing.assert_array_equal(run(model, x), before)
     assert [p.name for p in model.trainable_params()] == names
 
@@ -357,7 +357,7 @@ def test_the_model_is_not_changed_by_decoding():
 @both_modes
 def test_a_decoder_follows_the_weights_of_its_model(mode):
     model, x = transformer(), texts(1, 5)
-    decoder = Decoder(model)
+    decoder = DecodingSession(model)
     fed(decoder, x)
     randomise(model, seed=1)
     decoder.reset()
@@ -404,7 +404,7 @@ class MeanStep(nn.Cell):
 )
 def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, options):
     model = transformer(depth=2, global_attn_layer=Mean(6), **options)
-    decoder, x = Decoder(model, 2, chunk=4, chunk_from=2), texts(2, 11)
+    decoder, x = DecodingSession(model, 2, chunk=4, chunk_from=2), texts(2, 11)
     decoder.feed(texts(2, 5, seed=3))
     decoder.reset()
     logits = np.concatenate([decoder.feed(x[:, :6]), decoder.feed(x[:, 6:])], 1)
@@ -413,7 +413,7 @@ def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, optio
 
 def test_a_global_layer_without_one_is_refused_by_the_decoder():
     with pytest.raises(ValueError, match="a method decoding_cell"):
-        Decoder(transformer(global_attn_layer=nn.Dense(6, 6)))
+        DecodingSession(transformer(global_attn_layer=nn.Dense(6, 6)))
 
 
 # generate_tokens
@@ -422,7 +422,7 @@ def test_a_global_layer_without_one_is_refused_by_the_decoder():
 @cache
 def decoder_of(batch):
     """One decoder a batch size, all of one model."""
-    return Decoder(shared_model(), batch)
+    return DecodingSession(shared_model(), batch)
 
 
 @cache
@@ -484,7 +484,7 @@ def test_the_prompt_matters_and_may_be_a_single_token():
 
 def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
     model = transformer()
-    decoder, fed_when_drawn = Decoder(model, burst=4), []
+    decoder, fed_when_drawn = DecodingSession(model, burst=4), []
     tokens = generate_tokens(decoder, [1, 2], None, seed=3)
     first = []
     for token in islice(tokens, 13):
@@ -498,7 +498,7 @@ def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
 @pytest.mark.parametrize("options", [NGRAMS, dict(max_seq_len=7, **NGRAMS), dict(use_abs_pos_emb=False)])
 def test_bursts_draw_what_one_token_at_a_time_would(options):
     model, all_drawn = transformer(seed=1, **options), []
-    for context in (Decoder(model, 2, burst=1), Decoder(model, 2, burst=5), UncachedContext(model, 2)):
+    for context in (DecodingSession(model, 2, burst=1), DecodingSession(model, 2, burst=5), UncachedSession(model, 2)):
         drawn = np.stack(list(generate_tokens(context, texts(2, 3), 30, seed=3, top_p=0.9)), 1)
         all_drawn.append(drawn)
         assert context.length == 32  # all but the last one drawn
@@ -507,22 +507,22 @@ def test_bursts_draw_what_one_token_at_a_time_would(options):
 
 
 def test_a_new_rule_of_sampling_holds_for_a_compiled_decoder():
-    decoder = Decoder(shared_model())
+    decoder = DecodingSession(shared_model())
     for options in (dict(temperature=0), dict(temperature=5), dict(top_k=2), dict(top_p=0.3), dict(temperature=0)):
         drawn, again = (
             [int(t) for (t,) in generate_tokens(d, [1, 2], 20, seed=1, **options)]
-            for d in (decoder, UncachedContext(shared_model(), 1))
+            for d in (decoder, UncachedSession(shared_model(), 1))
         )
         assert drawn == again
 
 
 def test_no_token_is_drawn_for_a_length_of_zero():
-    assert list(generate_tokens(Decoder(transformer()), [1], 0)) == []
+    assert list(generate_tokens(DecodingSession(transformer()), [1], 0)) == []
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate_tokens(Decoder(transformer()), [], 3))
+        next(generate_tokens(DecodingSession(transformer()), [], 3))
 
 
 # LocalTransformer(cache=, return_cache=)
@@ -547,7 +547,7 @@ def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
 @with_and_without_kernels
 def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels):
     model, x = transformer(), texts(2, 8)
-    model.decoder = Decoder(model, 2, use_kernels=use_kernels)
+    model.decoder = DecodingSession(model, 2, use_kernels=use_kernels)
     _, cache = model(tensor(x[:, :6]), return_cache=True)
     for seed in (1, 2, 3):
         other = np.concatenate([x[:, :6], texts(2, 2, seed=seed)], 1)
@@ -555,7 +555,7 @@ def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels):
 
 
 def test_a_cache_outlives_the_length_of_learned_positions():
-    model, x, decoder = transformer(max_seq_len=8), texts(1, 20), Decoder(transformer(max_seq_len=8))
+    model, x, decoder = transformer(max_seq_len=8), texts(1, 20), DecodingSession(transformer(max_seq_len=8))
     _, cache = model(tensor(x[:, :7]), return_cache=True)
     wanted = fed(decoder, x)
     for n in range(8, 21):
@@ -643,4 +643,4 @@ def test_a_model_that_cannot_be_decoded_is_refused(options):
         **dict(num_tokens=11, max_seq_len=8, dim=8, depth=1, heads=1, dim_head=4, local_attn_window_size=4) | options
     )
     with pytest.raises(ValueError, match="causal model with num_tokens"):
-        Decoder(model)
+        DecodingSession(model)

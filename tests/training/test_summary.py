@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from data import Corpus
-from local_attention.training import closing
-from local_attention.training.closing import continue_command, interrupted, say_what_next, score_splits, summarise
+from local_attention.training import summary
 from local_attention.training.command import quoted
 from local_attention.training.evaluate import Score
 from local_attention.training.state import RunState
+from local_attention.training.summary import continue_command, interrupted, print_next_steps, score_splits, summarise
 from tests.training.toys import composed
 
 TEXT = ("data.path", "data.dir", "run_dir", "resume")  # as in train.py
@@ -41,7 +41,7 @@ SCORES = {"val": Score(2.5, 100), "test": Score(2.25, 90)}
 
 
 def test_the_summary_has_these_keys_and_values(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(closing, "peak_memory_bytes", lambda: 123456789)
+    monkeypatch.setattr(summary, "peak_memory_bytes", lambda: 123456789)
     summarise(tmp_path, state, SCORES)
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "steps": 40,
@@ -138,7 +138,7 @@ def test_an_interrupted_run_says_where_it_was_saved_and_how_to_go_on(state, capl
     ],
 )
 def test_three_commands_are_said_at_the_end_the_last_for_a_run_twice_as_long(caplog, limits, longer):
-    say_what_next("runs/a b", RunState(*limits), ["seed=3", "train.max_steps=50"])
+    print_next_steps("runs/a b", RunState(*limits), ["seed=3", "train.max_steps=50"])
     kept = "seed=3" if limits[0] else "seed=3 train.max_steps=50"
     assert caplog.messages == [
         "sample:    python generate.py run='runs/a b' prompt=\"The \"",

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from local_attention.windows import HIDDEN
+from local_attention.windows import MASK_VALUE
 
 
 class SamplingRule(NamedTuple):
@@ -41,7 +41,7 @@ def sampling_rule(num_tokens, temperature=1.0, top_k=None, top_p=None):
     kept = ranks < (num_tokens if top_k is None else top_k)
     return SamplingRule(
         np.full((1, 1), 1 / max(temperature, 1e-30), np.float32),  # larger, the divided logits would overflow
-        np.where(kept, 0, HIDDEN).astype(np.float32),
+        np.where(kept, 0, MASK_VALUE).astype(np.float32),
         np.full((1, 1), 1.0 if top_p is None else top_p, np.float32),
     )
 

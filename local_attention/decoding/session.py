@@ -8,21 +8,22 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from local_attention.decoding.sampling import Sampler, sampling_rule
 from local_attention.einops_mindspore import Rearrange
 from local_attention.hyper_connections import expand_streams, reduce_streams
 from local_attention.kernels import LayerKernels, can_use_kernels
 from local_attention.local_attention import TOKEN_SELF_ATTN_VALUE
 from local_attention.rotary import rotation_matrices, xpos_decay
-from local_attention.sampling import Sampler, sampling_rule
 from local_attention.windows import hide, visible
 
 CHUNK = 256  # tokens of a prompt that one graph takes at once
 # Tokens from which on compiling that graph, which takes as long as a thousand tokens with kernels.cpp, is worth while
 CHUNK_FROM, CHUNK_FROM_WITH_KERNELS = 256, 1024
-BURST = 16  # tokens that one call of a graph may draw, one after another: 4.7 ms a token one by one, 2.6 in bursts
+# Tokens that one call of a graph may draw, one after another: 4.7 ms per token one by one, 2.6 sixteen at a time
+STEPS_PER_CALL = 16
 
 
-class CachedStep(nn.Cell):
+class DecodeStep(nn.Cell):
     """The logits after each of ``count`` more tokens.
 
     The keys and values that later tokens may still see lie in a ring for each layer, of a size that depends on the
@@ -61,7 +62,7 @@ class CachedStep(nn.Cell):
         self.softmax = ops.Softmax(-1)
 
     def construct(self, tokens, before, positions, slots, bias, turn_query, turn_key, distances, decay):
-        """One step; the arguments from ``positions`` on as :meth:`Decoder.inputs` gives them, of one step.
+        """One step; the arguments from ``positions`` on as :meth:`DecodingSession.inputs` gives them, of one step.
 
         Args:
             tokens: ``(b * count,)`` int32.
@@ -142,11 +143,11 @@ class CachedStep(nn.Cell):
         return self.tokens_last(self.matmul(self.tokens_first(x), matrices))
 
 
-class CachedLoop(nn.Cell):
-    """Feeds tokens one after another through a :class:`CachedStep`, given ones and those drawn just before.
+class DecodeLoop(nn.Cell):
+    """Feeds tokens one after another through a :class:`DecodeStep`, given ones and those drawn just before.
 
     Args:
-        step: a :class:`CachedStep` of one token.
+        step: a :class:`DecodeStep` of one token.
         burst: the most tokens a call.
         num_tokens: size of the vocabulary.
     """
@@ -169,7 +170,7 @@ class CachedLoop(nn.Cell):
             count: () int32, at most ``burst``.
             given: ``(burst, b)`` int32, the tokens to feed; 0 for those drawn just before.
             continued: ``(burst, b)`` int32, 1 for those.
-            before: see :class:`CachedStep`.
+            before: see :class:`DecodeStep`.
             uniforms: ``(burst, b, 1)`` float32, a random number from [0, 1) for each token to draw.
             inverse_temperature, rank_bias, top_p: see :class:`Sampler`.
             inputs: those of the steps, each with an axis of steps in front.
@@ -205,7 +206,7 @@ def score_scale(mha):
     return mha.dim_head**-0.5 if mha.attention.scale is None else mha.attention.scale
 
 
-def keys_seen(attention):
+def cache_length(attention):
     """How many of the newest keys, its own included, a causal query may see."""
     window, back = attention.window_size, attention.look_backward
     return window * back + 1 if attention.exact_windowsize else window * (back + 1)
@@ -247,7 +248,7 @@ class Context:
         if tokens.ndim == 1:
             return self.feed(tokens[:, None])[:, 0]
         logits = []
-        with in_evaluation(self.model):
+        with eval_mode(self.model):
             while tokens.shape[1]:
                 room = self.room(tokens.shape[1])
                 logits.append(self.advance(tokens[:, :room]))
@@ -270,7 +271,7 @@ class Context:
         newest, tokens = tokens[:, -1:], self.skip_forgotten(tokens[:, :-1])
         if tokens.shape[1]:
             self.feed(tokens)
-        with in_evaluation(self.model):
+        with eval_mode(self.model):
             while uniforms.shape[1]:
                 drawn.append(self.draw_some(newest[:, 0], uniforms[:, : self.room(uniforms.shape[1])], rule))
                 some = drawn[-1].shape[1]
@@ -309,7 +310,7 @@ class Context:
 
 
 @contextmanager
-def in_evaluation(model):
+def eval_mode(model):
     """No dropout meanwhile."""
     was_training = model.training
     if was_training:
@@ -321,7 +322,7 @@ def in_evaluation(model):
             model.set_train()
 
 
-class Decoder(Context):
+class DecodingSession(Context):
     """A :class:`Context` with a key/value cache: each token costs the same, however long the text.
 
     Args:
@@ -338,7 +339,7 @@ class Decoder(Context):
             :func:`decoding_cells`; for ``use_kernels`` where they cannot be used.
     """
 
-    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=None, burst=BURST, use_kernels=None):
+    def __init__(self, model, batch=1, chunk=CHUNK, chunk_from=None, burst=STEPS_PER_CALL, use_kernels=None):
         super().__init__(model, batch)
         if use_kernels and not can_use_kernels(model):
             raise ValueError(
@@ -361,7 +362,7 @@ class Decoder(Context):
             often = self.limit is not None and self.limit // 2 < CHUNK_FROM_WITH_KERNELS  # as the context starts again
             chunk_from = CHUNK_FROM_WITH_KERNELS if self.use_kernels and not often else CHUNK_FROM
         self.chunk, self.chunk_from, self.burst = chunk, chunk_from, burst
-        self.size = keys_seen(mha.attention)
+        self.size = cache_length(mha.attention)
         shape = (self.rows * (self.size + 1), self.d)
         self.rings = [
             ms.ParameterTuple(
@@ -434,7 +435,7 @@ class Decoder(Context):
         return drawn.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
 
     def step(self, count):
-        """The :class:`CachedLoop` for tokens one by one, or a :class:`CachedStep` of ``count`` tokens.
+        """The :class:`DecodeLoop` for tokens one by one, or a :class:`DecodeStep` of ``count`` tokens.
 
         A graph with a loop goes on reading the weights where they lay when it was first run (MindSpore 2.10), and
         ``Parameter.set_data``, by which weights are loaded, lets them lie elsewhere. So it is compiled again then.
@@ -444,15 +445,15 @@ class Decoder(Context):
             self.steps, self.addresses = {}, addresses
         if count not in self.steps:
             use_kernels = self.use_kernels and count == 1
-            step = CachedStep(self.model, self.batch, count, self.rings, self.global_steps, use_kernels)
+            step = DecodeStep(self.model, self.batch, count, self.rings, self.global_steps, use_kernels)
             if count == 1:
-                step = CachedLoop(step, self.burst, self.model.num_tokens)
+                step = DecodeLoop(step, self.burst, self.model.num_tokens)
             use_phase_of_decoding(step)
             self.steps[count] = step
         return self.steps[count]
 
     def inputs(self, position, steps, count, kept):
-        """The arguments of :class:`CachedStep` that depend on positions, for ``steps`` steps of ``count`` tokens.
+        """The arguments of :class:`DecodeStep` that depend on positions, for ``steps`` steps of ``count`` tokens.
 
         Of each step the first ``kept`` tokens are kept in the rings, the others fill it up. A slot holds the newest
         position that falls to it. In float64, exact however long the text.
@@ -502,7 +503,7 @@ class Decoder(Context):
 
 
 class Cache(NamedTuple):
-    """What a :class:`Decoder` knows of a text."""
+    """What a :class:`DecodingSession` knows of a text."""
 
     length: int
     position: int
@@ -510,7 +511,7 @@ class Cache(NamedTuple):
     state: list
 
 
-class UncachedContext(Context):
+class UncachedSession(Context):
     """A :class:`Context` that computes everything again for each token: slow, for comparison and for global layers."""
 
     sampler = None
@@ -552,20 +553,20 @@ def global_layers(model):
 
 
 def decoder_of(model, batch):
-    """A model's :class:`Decoder`; the last one is kept, as its graphs take seconds to compile."""
+    """A model's :class:`DecodingSession`; the last one is kept, as its graphs take seconds to compile."""
     if model.decoder is None or model.decoder.batch != batch:
-        model.decoder = Decoder(model, batch)
+        model.decoder = DecodingSession(model, batch)
     return model.decoder
 
 
 def context_of(model, batch):
-    """A :class:`Decoder`, or where global layers do not allow it, with a warning, an :class:`UncachedContext`."""
+    """A :class:`DecodingSession`; with a warning an :class:`UncachedSession` where global layers do not allow it."""
     if can_be_cached(model):
         return decoder_of(model, batch)
     warnings.warn(
         "global_attn_layer has no method decoding_cell: each token computes the whole text again", stacklevel=3
     )
-    return UncachedContext(model, batch)
+    return UncachedSession(model, batch)
 
 
 def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top_p=None, seed=0):
@@ -581,7 +582,7 @@ def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top
 
     Yields:
         ``(b,)`` int32, ``length`` times, in bursts: the first token alone, then twice as many together each time, up to
-        ``BURST``.
+        ``STEPS_PER_CALL``.
 
     Raises:
         ValueError: for an empty prompt.
@@ -598,4 +599,4 @@ def generate_tokens(context, prompt, length, *, temperature=1.0, top_k=None, top
         uniforms = np.stack([stream.random_sample(count) for stream in streams])
         texts = context.draw(tokens, uniforms, rule)
         yield from texts.T
-        tokens, drawn, burst = texts[:, -1:], drawn + count, min(2 * burst, BURST)
+        tokens, drawn, burst = texts[:, -1:], drawn + count, min(2 * burst, STEPS_PER_CALL)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
+from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.terminal import duration
-from local_attention.training.workers import ALONE
 
 log = logging.getLogger("train")
 
@@ -57,7 +57,7 @@ def summarise(run_dir, state, scores):
     )
 
 
-def say_what_next(run_dir, state, overrides, workers=ALONE):
+def print_next_steps(run_dir, state, overrides, workers=SINGLE_PROCESS):
     """Three commands: sample, look at curves, continue for twice as long."""
     longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
@@ -66,14 +66,14 @@ def say_what_next(run_dir, state, overrides, workers=ALONE):
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, workers)}")
 
 
-def interrupted(run_dir, state, overrides, workers=ALONE):
+def interrupted(run_dir, state, overrides, workers=SINGLE_PROCESS):
     """Say where an interrupted run was saved; returns its exit status."""
     log.info(f"interrupted: saved step {state.step:,} in {Path(run_dir) / 'checkpoints'}")
     log.info(f"continue:  {continue_command(run_dir, overrides, workers=workers)}")
     return 128 + state.signal
 
 
-def continue_command(run_dir, overrides, changes=(), workers=ALONE):
+def continue_command(run_dir, overrides, changes=(), workers=SINGLE_PROCESS):
     """The command line that goes on with a run: the one that began it, with its directory and ``changes``."""
     program = ["python", "train.py"] if workers.count == 1 else ["scripts/launch.sh", str(workers.count)]
     changes = [f"run_dir={run_dir}", "resume=auto", *changes]

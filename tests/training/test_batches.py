@@ -6,9 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data import CropSampler
+from data import SequenceSampler
+from local_attention.training.batches import BatchIterator, batch_dataset
 from local_attention.training.config import TrainConfig
-from local_attention.training.crops import StepCrops, crop_dataset
 from tests.training.toys import ROOT
 
 TRAIN = TrainConfig(seq_len=5, batch_size=3, grad_accum_every=2, max_steps=20)
@@ -16,12 +16,12 @@ TRAIN = TrainConfig(seq_len=5, batch_size=3, grad_accum_every=2, max_steps=20)
 
 @pytest.fixture
 def sampler():
-    return CropSampler(np.random.default_rng(0).integers(0, 256, 400, dtype=np.uint8), TRAIN.seq_len + 1, seed=7)
+    return SequenceSampler(np.random.default_rng(0).integers(0, 256, 400, dtype=np.uint8), TRAIN.seq_len + 1, seed=7)
 
 
 def steps_of(sampler, first_step, count):
     """The crops of the first ``count`` steps of a session."""
-    return [crops for (crops,) in islice(StepCrops(sampler, TRAIN, first_step), count)]
+    return [crops for (crops,) in islice(BatchIterator(sampler, TRAIN, first_step), count)]
 
 
 def test_an_item_is_all_crops_of_one_step(sampler):
@@ -33,30 +33,30 @@ def test_an_item_is_all_crops_of_one_step(sampler):
 
 def test_a_continued_run_sees_what_it_would_have_seen(sampler):
     begun, continued = steps_of(sampler, 0, 20), steps_of(sampler, 8, 12)
-    assert len(begun) * 6 > sampler.crops_per_epoch  # into the second epoch
+    assert len(begun) * 6 > sampler.sequences_per_epoch  # into the second epoch
     np.testing.assert_array_equal(continued, begun[8:])
 
 
 def test_steps_share_no_crop_within_an_epoch(sampler):
-    steps = sampler.crops_per_epoch // 6
+    steps = sampler.sequences_per_epoch // 6
     crops = np.reshape(steps_of(sampler, 0, steps), (6 * steps, -1))
     assert len({crop.tobytes() for crop in crops}) == 6 * steps
 
 
 @pytest.mark.parametrize("first_step, steps", [(0, 20), (8, 12), (20, 0)])
 def test_there_are_as_many_items_as_steps_to_go(sampler, first_step, steps):
-    assert len(StepCrops(sampler, TRAIN, first_step)) == steps
+    assert len(BatchIterator(sampler, TRAIN, first_step)) == steps
     assert len(steps_of(sampler, first_step, 99)) == steps
 
 
 def test_without_max_steps_there_is_no_end(sampler):
-    assert len(StepCrops(sampler, replace(TRAIN, max_steps=None), 8)) > 10**9
+    assert len(BatchIterator(sampler, replace(TRAIN, max_steps=None), 8)) > 10**9
 
 
 @pytest.mark.parametrize("first_step", [0, 15])
 def test_the_dataset_gives_the_items_in_order(sampler, first_step):
     items = steps_of(sampler, first_step, 99)
-    dataset = crop_dataset(sampler, TRAIN, first_step)
+    dataset = batch_dataset(sampler, TRAIN, first_step)
     assert dataset.get_dataset_size() == len(items)
     batches = [crops for (crops,) in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)]
     np.testing.assert_array_equal(batches, items)
@@ -67,11 +67,11 @@ ENDLESS_RUN = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
 import numpy as np
-from data import CropSampler
+from data import SequenceSampler
 from local_attention.training.config import TrainConfig
-from local_attention.training.crops import crop_dataset
+from local_attention.training.batches import batch_dataset
 train = TrainConfig(seq_len=5, max_steps=None)
-dataset = crop_dataset(CropSampler(np.zeros(400, np.uint8), 6, 0), train, 0)
+dataset = batch_dataset(SequenceSampler(np.zeros(400, np.uint8), 6, 0), train, 0)
 print(next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))[0].shape)
 """
 

@@ -6,10 +6,10 @@ from itertools import count, islice
 import numpy as np
 from mindspore.dataset import GeneratorDataset
 
-from local_attention.training.workers import ALONE
+from local_attention.training.distributed import SINGLE_PROCESS
 
 
-class StepCrops:
+class BatchIterator:
     """The crops of each step, from ``first_step`` steps done on: ``(grad_accum_every, b, seq_len + 1)`` int32.
 
     Iterated, not indexed: for something with ``__getitem__`` MindSpore keeps a list of all indices, and a run without
@@ -20,7 +20,7 @@ class StepCrops:
     they see what one with a batch of ``N * B`` does.
     """
 
-    def __init__(self, sampler, train, first_step, workers=ALONE):
+    def __init__(self, sampler, train, first_step, workers=SINGLE_PROCESS):
         self.sampler, self.train, self.first_step, self.workers = sampler, train, first_step, workers
 
     def __len__(self):
@@ -38,7 +38,7 @@ class StepCrops:
         return np.stack(crops).astype(np.int32)
 
 
-def crop_dataset(sampler, train, first_step, workers=ALONE):
+def batch_dataset(sampler, train, first_step, workers=SINGLE_PROCESS):
     """A worker's dataset, ``first_step`` steps of the run being done; in order, as the sampler has shuffled already."""
-    crops = StepCrops(sampler, train, first_step, workers)
+    crops = BatchIterator(sampler, train, first_step, workers)
     return GeneratorDataset(crops, ["crops"], num_parallel_workers=1, python_multiprocessing=False)

@@ -1,4 +1,4 @@
-"""Workers that are threads of this process; tests/e2e/test_workers.py has real ones."""
+"""Processes that are threads of this process; tests/e2e/test_workers.py has real ones."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Parameter, Tensor
 
-from data import Corpus, CropSampler
-from local_attention.training import workers as module
+from data import Corpus, SequenceSampler
+from local_attention.training import distributed as module
+from local_attention.training.batches import BatchIterator
 from local_attention.training.config import RunConfig, TrainConfig
-from local_attention.training.crops import StepCrops
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed, explain_lost_worker, join_processes
 from local_attention.training.errors import RunError, UsageError
 from local_attention.training.evaluate import Evaluator
 from local_attention.training.state import RunState
-from local_attention.training.workers import ALONE, Workers, join_workers, losses_explained
 from tests.training.toys import examples, tiny_transformer
 
 
@@ -40,7 +40,7 @@ def together(count, task):
         def broadcast(x):
             return Tensor(exchange(x)[0])
 
-        return task(Workers(rank, count, gather, broadcast))
+        return task(Distributed(rank, count, gather, broadcast))
 
     with ThreadPoolExecutor(count) as pool:
         return [future.result() for future in [pool.submit(member, rank) for rank in range(count)]]
@@ -57,8 +57,8 @@ def test_everybody_gets_the_arrays_of_all_to_the_bit(dtype, shape):
 
 
 def test_alone_one_gathers_from_itself():
-    np.testing.assert_array_equal(ALONE.gather(np.array([1.5, 2.5])), [[1.5, 2.5]])
-    assert ALONE.leads
+    np.testing.assert_array_equal(SINGLE_PROCESS.gather(np.array([1.5, 2.5])), [[1.5, 2.5]])
+    assert SINGLE_PROCESS.leads
 
 
 def test_rank_0_alone_makes_what_is_shared():
@@ -69,7 +69,7 @@ def test_rank_0_alone_makes_what_is_shared():
 
     assert together(3, task) == [{"rank": 0, "text": "ä" * 5}] * 3
     assert calls == [0]
-    assert ALONE.share(lambda: "own") == "own"
+    assert SINGLE_PROCESS.share(lambda: "own") == "own"
 
 
 def test_parameters_become_those_of_rank_0():
@@ -136,10 +136,10 @@ def test_each_machine_may_keep_its_bytes_elsewhere():
 @given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 30))
 @examples(100)
 def test_workers_see_what_one_with_a_batch_as_large_as_all_theirs_does(count, batch_size, accumulated, step):
-    sampler = CropSampler(np.random.default_rng(0).integers(0, 256, 400, dtype=np.uint8), 6, seed=7)
+    sampler = SequenceSampler(np.random.default_rng(0).integers(0, 256, 400, dtype=np.uint8), 6, seed=7)
     train = TrainConfig(seq_len=5, batch_size=batch_size, grad_accum_every=accumulated)
-    parts = [StepCrops(sampler, train, 0, Workers(rank, count)).of_step(step) for rank in range(count)]
-    whole = StepCrops(sampler, replace(train, batch_size=count * batch_size), 0).of_step(step)
+    parts = [BatchIterator(sampler, train, 0, Distributed(rank, count)).of_step(step) for rank in range(count)]
+    whole = BatchIterator(sampler, replace(train, batch_size=count * batch_size), 0).of_step(step)
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
@@ -179,7 +179,7 @@ def test_all_go_by_the_clock_of_rank_0_and_by_a_signal_of_any(clock):
 
 def test_alone_is_alone(monkeypatch):
     monkeypatch.delenv("MS_ROLE", raising=False)
-    assert join_workers("none") is ALONE
+    assert join_processes("none") is SINGLE_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_msrun_and_the_config_must_agree(monkeypatch, parallel, role, expected):
     if role:
         monkeypatch.setenv("MS_ROLE", role)
     with pytest.raises(UsageError, match=f"^parallel={parallel}: expected .*{expected}"):
-        join_workers(parallel)
+        join_processes(parallel)
 
 
 def test_the_scheduler_says_which_worker_was_lost(monkeypatch):
@@ -201,12 +201,12 @@ def test_the_scheduler_says_which_worker_was_lost(monkeypatch):
     monkeypatch.setenv("MS_CPU_COMM_OP_TIMEOUT", "45")
     monkeypatch.setattr(module.communication, "init", init)
     with pytest.raises(RunError, match=r"^worker 1 was lost$"):
-        join_workers("data")
+        join_processes("data")
 
 
 def test_a_communication_that_failed_becomes_one_line_and_other_errors_stay(monkeypatch):
     monkeypatch.setenv("MS_CPU_COMM_OP_TIMEOUT", "45")
-    with pytest.raises(RunError, match="another worker was lost"), losses_explained():
+    with pytest.raises(RunError, match="another worker was lost"), explain_lost_worker():
         raise RuntimeError("Launch kernel failed: Default/AllReduce-op0\n\nmuch more")
-    with pytest.raises(RuntimeError, match=r"^MatMul"), losses_explained():
+    with pytest.raises(RuntimeError, match=r"^MatMul"), explain_lost_worker():
         raise RuntimeError("MatMul failed")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from local_attention.sampling import Sampler, sampling_rule
+from local_attention.decoding.sampling import Sampler, sampling_rule
 from tests.local_attention.cells import both_modes, examples, tensor
 from tests.local_attention.reference import softmax
 
