@@ -9,6 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
+from local_attention.mindspore_quirks import attach_hidden_parameter
 
 _numbers = count()  # a graph wants parameters of different names
 
@@ -36,7 +37,7 @@ class Dropout(nn.Cell):
         self.kept, self.scale = 1 - share, 1 / (1 - share)
         self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # which mindspore.set_seed sets
         calls = Parameter(Tensor(0, ms.int32), name=f"dropout_calls.{next(_numbers)}", requires_grad=False)
-        self.__dict__["calls"] = calls  # no parameter of the model, whose parameters are what it has learned
+        attach_hidden_parameter(self, "calls", calls)
         self.matmul, self.floor = ops.MatMul(), ops.Floor()
         self.xor, self.bits, self.shift = ops.BitwiseXor(), ops.BitwiseAnd(), ops.RightShift()
 

@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from local_attention.windows import MASK_VALUE
+from local_attention.masks import MASK_VALUE
 
 
 class SamplingRule(NamedTuple):
