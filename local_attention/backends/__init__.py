@@ -23,11 +23,11 @@ def options_in_use(options: Any) -> set[str]:
     return {f.name for f in fields(options) if f.default is MISSING or getattr(options, f.name) != f.default}
 
 
-def choose_backend(backends: Sequence[type], cell: Any) -> type:
+def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
     """The first of ``backends`` that computes all options of ``cell`` and can run here.
 
     Args:
-        backends: classes with ``computes``, a set of the names of options, and ``is_available(cell)``.
+        backends: classes with ``computes``, a set of names of options, and ``is_available(cell)``: whether it runs here.
         cell: a cell with ``options``, the dataclass of its options.
 
     Raises:

@@ -87,13 +87,12 @@ class DecodeLoop(nn.Cell):
         self.sampled = output("sampled", (steps_per_call, step.batch), np.int32)
         self.logits = output("logits", (steps_per_call, step.batch, num_tokens), np.float32)
 
-    def construct(self, count, given, is_sampled, previous, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
+    def construct(self, count, given, previous, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
         """Decode ``count`` tokens per sequence, and sample one after each.
 
         Args:
             count: () int32, at most ``steps_per_call``.
-            given: ``(steps_per_call, b)`` int32, the tokens to decode; 0 for those sampled just before.
-            is_sampled: ``(steps_per_call, b)`` int32, 1 for those.
+            given: ``(steps_per_call, b)`` int32, the tokens to decode; -1: the one sampled just before.
             previous: see :class:`DecodeStep`.
             uniforms: ``(steps_per_call, b, 1)`` float32, a random number from [0, 1) for each token to sample.
             inverse_temperature, rank_bias, top_p: see :class:`Sampler`.
@@ -109,7 +108,8 @@ class DecodeLoop(nn.Cell):
             step_inputs = ()
             for stacked in inputs:
                 step_inputs = step_inputs + (ops.gather(stacked, i, 0),)
-            tokens = (ops.gather(given, i, 0) + ops.gather(is_sampled, i, 0) * sampled).reshape((-1, 1))
+            tokens = ops.gather(given, i, 0)
+            tokens = ops.select(tokens < 0, sampled, tokens).reshape((-1, 1))
             logits = self.step(tokens, previous, *step_inputs)
             if self.use_ngrams:
                 previous = ops.cat((previous, 1 + tokens), 1)[:, 1:]
