@@ -27,7 +27,7 @@ def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
     """The first of ``backends`` that computes all options of ``cell`` and can run here.
 
     Args:
-        backends: classes with ``computes``, a set of names of options, and ``is_available(cell)``: whether it runs here.
+        backends: classes with ``computes``, a set of names of options, and ``is_available(cell)``.
         cell: a cell with ``options``, the dataclass of its options.
 
     Raises:

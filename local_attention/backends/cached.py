@@ -1,6 +1,6 @@
 """Attention of new tokens to the KV cache by MindSpore's own operators: prefill and decoding."""
 
-from mindspore import nn, ops
+from mindspore import Parameter, nn, ops
 
 
 class CachedMHA(nn.Cell):
@@ -19,7 +19,7 @@ class CachedMHA(nn.Cell):
     })
     # fmt: on
 
-    def __init__(self, mha, keys, values):
+    def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.mha, self.keys, self.values = mha, keys, values
         self.use_xpos = mha.attention.rel_pos is not None and mha.attention.use_xpos
@@ -27,7 +27,7 @@ class CachedMHA(nn.Cell):
         self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     @staticmethod
-    def is_available(mha):
+    def is_available(mha: nn.Cell) -> bool:
         return True
 
     def construct(self, x, slots, mask, rotation, decay):
