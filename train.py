@@ -4,7 +4,7 @@ from local_attention.training.command import command
 from local_attention.training.config import RunConfig, as_dict, run_config
 
 
-@command("train", RunConfig, text=("data.path", "data.dir", "run_dir", "resume"))
+@command("train", RunConfig)
 def main(composed):
     config = run_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 

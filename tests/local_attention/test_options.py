@@ -149,7 +149,7 @@ def test_a_constructor_that_accepts_options_shows_them():
         (LocalTransformerOptions, dict(layers_insert_global_attn=(1,)), "expected a global_attn_layer to insert"),
         (
             LocalTransformerOptions,
-            dict(global_attn_layer=object(), layers_insert_global_attn=(0, 3)),
+            dict(global_attn_layer="a cell", layers_insert_global_attn=(0, 3)),
             r"from 1 to depth = 2, got \(0, 3\)",
         ),
     ],
