@@ -1,7 +1,8 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
 from local_attention.training.command import command
-from local_attention.training.config import RunConfig, as_dict, run_config
+from local_attention.training.config import RunConfig, run_config
+from local_attention.training.keys import as_dict
 
 
 @command("train", RunConfig)

@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.options import Help
 from local_attention.training.command import command
-from local_attention.training.config import Checkpoint, ModelConfig, Run, keys_for, parse, require_run_or_file
+from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import keys_for, parse
 from scripts.torch_files import require_ending, write_state
 
 

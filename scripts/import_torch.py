@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.options import Help
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, RunConfig, as_dict, check_model, keys_for, parse
+from local_attention.training.config import ModelConfig, RunConfig, check_model
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict, keys_for, parse
 from scripts.torch_files import read_state, require_ending
 
 # What the weights tell of their model, all but the size of its windows.

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from local_attention.training.config import keys_of, shown, unknown_key
+from local_attention.training.keys import keys_of, shown, unknown_key
 from local_attention.training.signals import deliver_to_python
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

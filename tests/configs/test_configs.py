@@ -16,13 +16,12 @@ from local_attention.training.config import (
     RunConfig,
     ScheduleConfig,
     ScoreConfig,
-    as_dict,
     evaluate_config,
     generate_config,
-    keys_of,
     run_config,
     score_config,
 )
+from local_attention.training.keys import as_dict, keys_of
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from local_attention.torch_state import torch_state
 from local_attention.training.build import load_model
 from local_attention.training.checkpoint import Checkpoints, read
-from local_attention.training.config import ModelConfig, as_dict, run_config
+from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict
 from scripts.import_torch import inner_size, main, simplest_ff_mult
 from scripts.torch_files import write_state
 from tests.scripts.conftest import SIZES, logits

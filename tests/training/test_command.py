@@ -12,8 +12,9 @@ from data import DataError
 from local_attention.training import command as module
 from local_attention.training.checkpoint import CheckpointError
 from local_attention.training.command import command, explain, help_of, quoted, status_of
-from local_attention.training.config import GenerateConfig, RunConfig, keys_of
+from local_attention.training.config import GenerateConfig, RunConfig
 from local_attention.training.errors import RunError, UsageError
+from local_attention.training.keys import keys_of
 from tests.training.toys import composed, examples
 
 # Texts on the command line

@@ -15,18 +15,14 @@ from local_attention.training.config import (
     OtherDataConfig,
     RunConfig,
     ScoreConfig,
-    as_dict,
     evaluate_config,
     fill_from_checkpoint,
-    flat,
     generate_config,
-    keys_of,
-    parse,
     run_config,
     score_config,
-    unknown_key,
 )
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict, flat, keys_of, parse, unknown_key
 from local_attention.transformer import LocalTransformer
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, import_config

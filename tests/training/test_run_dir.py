@@ -17,10 +17,10 @@ from local_attention.training.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    keys_of,
     run_config,
 )
 from local_attention.training.errors import CheckpointError, UsageError
+from local_attention.training.keys import keys_of
 from local_attention.training.run_dir import RunPaths, check_same_run, checkpoint_of, find_run_paths
 from tests.training.toys import tiny_transformer
 
