@@ -52,6 +52,12 @@ def test_each_option_has_one_line_of_help(schema, name):
 
 
 @pytest.mark.parametrize(("schema", "name"), DECLARED, ids=identity)
+def test_each_number_has_a_range(schema, name):
+    option = options_of(schema)[name]
+    assert bool(option.bounds) == bool({int, float} & set(option.kinds)) or name == "ignore_index"
+
+
+@pytest.mark.parametrize(("schema", "name"), DECLARED, ids=identity)
 def test_each_range_is_enforced(schema, name):
     option = options_of(schema)[name]
     for limit, included, outwards in limits_of(option):
