@@ -168,12 +168,19 @@ class LocalMHAOptions(HeadsOptions):
 
 
 @dataclass(kw_only=True)
-class LanguageModelOptions(HeadsOptions):
-    """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
+class SizeOptions:
+    """The sizes of a ``LocalTransformer`` that must be given."""
 
     num_tokens: Annotated[int | None, Ge(1), Help("size of the vocabulary", none="no embedding and no logits")]
     max_seq_len: MaxSeqLen
+    dim: Dim
     depth: Depth
+
+
+@dataclass(kw_only=True)
+class LanguageModelOptions(HeadsOptions, SizeOptions):  # in the other order, as dataclasses have it
+    """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
+
     ff_mult: Annotated[
         float, Ge(1), Help("inner size of the feed-forward relative to dim; two thirds of it, as it is gated")
     ] = 4.0
