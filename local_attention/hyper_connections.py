@@ -5,13 +5,14 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 
 from local_attention.layers import AddBias
+from local_attention.mindspore_quirks import tanh
 
 
 class HyperConnection(nn.Cell):
-    """What a branch takes from ``streams`` residual streams and gives back to them, by weights that depend on them.
+    """The connection of a branch to ``streams`` residual streams, by learned weights that depend on them.
 
     Dynamic hyper-connections with RMSNorm (Zhu et al. 2024, arXiv 2409.19606, section 2.3 and appendix J, algorithm 2).
-    Before training the branch takes stream ``index % streams`` and gives to all.
+    Before training the branch reads stream ``index % streams`` and writes to all.
 
     Args:
         dim: channels.
@@ -19,17 +20,17 @@ class HyperConnection(nn.Cell):
         index: the branch's number in the model.
     """
 
-    def __init__(self, dim, streams, index):
+    def __init__(self, dim: int, streams: int, index: int) -> None:
         super().__init__()
         self.dim, self.streams = dim, streams
-        taken = np.zeros((streams, 1), np.float32)
-        taken[index % streams] = 1
+        branch_input = np.zeros((streams, 1), np.float32)
+        branch_input[index % streams] = 1
 
         def parameter(array, name):
             return Parameter(ms.Tensor(array, ms.float32), name=name)
 
         self.gamma = parameter(np.zeros(dim), "gamma")
-        self.static_alpha = parameter(np.concatenate([taken, np.eye(streams)], 1), "static_alpha")
+        self.static_alpha = parameter(np.concatenate([branch_input, np.eye(streams)], 1), "static_alpha")
         self.dynamic_alpha_fn = parameter(np.zeros((dim, streams + 1)), "dynamic_alpha_fn")
         self.dynamic_alpha_scale = parameter(0.01, "dynamic_alpha_scale")
         self.static_beta = parameter(np.ones(streams), "static_beta")
@@ -48,35 +49,34 @@ class HyperConnection(nn.Cell):
         matrix = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape((d, 1))), 1)
         matrix = matrix * ((self.gamma + 1) * d**0.5).reshape((d, 1))
         length = ops.rsqrt(ops.maximum(self.matmul(x * x, ops.ones((d, 1), x.dtype)), 1e-24))
-        # tanh x = 2 sigmoid 2x - 1: MindSpore's own tanh is wrong by 1e-4 on a CPU, this by 2e-6
-        dynamic = ops.sigmoid(self.matmul(x, matrix) * length * 2) * 2 - 1
+        dynamic = tanh(self.matmul(x, matrix) * length)
         alpha = (dynamic[:, : s + 1] * self.dynamic_alpha_scale).reshape((rows, s * (s + 1)))
         alpha = self.add_bias(alpha, self.static_alpha.reshape(-1)).reshape((rows, s, s + 1))
         beta = (dynamic[:, s + 1] * self.dynamic_beta_scale).reshape((rows, s))
         return alpha, self.add_bias(beta, self.static_beta)
 
-    def before(self, x):
-        """What a branch gets of the streams ``x: (rows, s, d)``, ``(rows, d)``, and the mixed streams and beta."""
+    def pre(self, x):
+        """The input of a branch, ``(rows, d)``, the mixed streams and beta, from the streams ``x: (rows, s, d)``."""
         alpha, beta = self.weights(x)
         branch_input = self.mix_tn(alpha[:, :, :1], x).reshape((-1, self.dim))
         return branch_input, self.mix_tn(alpha[:, :, 1:], x), beta
 
-    def after(self, out, mixed, beta):
-        """Give the branch's output ``(rows, d)`` to the streams: ``(rows, s, d)``."""
+    def post(self, out, mixed, beta):
+        """Add a branch's output ``(rows, d)`` to the mixed streams: ``(rows, s, d)``."""
         return mixed + self.mix(beta.reshape((-1, self.streams, 1)), out.reshape((-1, 1, self.dim)))
 
 
 class Residual(nn.Cell):
-    """The plain residual connection in the same two steps: ``x: (rows, d)``."""
+    """The plain residual connection, in the same two steps: ``x: (rows, d)``."""
 
-    def before(self, x):
+    def pre(self, x):
         return x, x, None
 
-    def after(self, out, mixed, beta):
+    def post(self, out, mixed, beta):
         return mixed + out
 
 
-def connection(dim, streams, index):
+def connection(dim: int, streams: int, index: int) -> nn.Cell:
     """A :class:`HyperConnection` for several streams, a :class:`Residual` for one."""
     return HyperConnection(dim, streams, index) if streams > 1 else Residual()
 

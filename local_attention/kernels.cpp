@@ -1,10 +1,11 @@
-// One token's attention to the cache, and its feed-forward, each as one operator of MindSpore on a CPU: kernels.py.
+// Attention to the KV cache and feed-forward of one decoded token, each as one operator of MindSpore on a CPU; see
+// kernels.py.
 //
-// A token needs every weight once, so it takes at least as long as reading them from memory. Of MindSpore's own
-// operators, 25 a layer at about 10 µs each, it takes twice as long.
+// A token needs every weight once, so it takes at least as long as reading the weights from memory. With MindSpore's own
+// operators, 25 per layer at about 10 µs each, it takes twice as long.
 //
-// Numbers are float32 unless said otherwise, tensors contiguous. Threads share the rows of weights and the heads. Each
-// sum is made by one thread, so results depend neither on how many there are nor on which is faster.
+// Numbers are float32 unless stated otherwise, tensors are contiguous. The threads divide the rows of weights and the
+// heads among them. Each sum is computed by one thread, so results do not depend on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -20,7 +21,7 @@
 
 namespace {
 
-// Functions that do most of the work are compiled for several kinds of processors, of which the loader takes the best.
+// Functions that do most of the work are compiled for several kinds of processors; the loader picks the best.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -29,56 +30,56 @@ namespace {
 #define INLINE __attribute__((always_inline)) inline  // into those functions, to be compiled like them
 
 constexpr int64_t kCacheLine = 64;  // bytes
-constexpr int64_t kBlock = 32;      // rows of weights that a thread takes at once
-constexpr int64_t kAhead = 2048;    // numbers between what a thread reads and what it asks the memory for
+constexpr int64_t kBlock = 32;      // rows of weights per task
+constexpr int64_t kAhead = 2048;    // prefetch distance, in numbers
 
 int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 
-// Threads that help with loops whose turns do not depend on each other. Whoever is free takes the next turn, and idle
-// helpers make room for others at once and soon sleep: MindSpore's threads want to run, too. With OpenMP, whose threads
-// keep a core busy while they wait, every fourth token took twice the time.
-class Team {
+// Threads that run the independent tasks of a loop. Each thread takes the next task when it is free. Idle threads yield
+// at once and soon sleep, because MindSpore's own threads need the cores, too: with OpenMP, whose threads keep a core busy
+// while they wait, every fourth token took twice the time.
+class ThreadPool {
  public:
-  static Team &instance() {
-    static Team *team = new Team;  // never deleted: its threads run as long as the process
-    return *team;
+  static ThreadPool &instance() {
+    static ThreadPool *pool = new ThreadPool;  // never deleted: its threads run as long as the process
+    return *pool;
   }
 
-  // Call turn(0), …, turn(count - 1), with count < 2²⁰, and return when all have returned.
-  template <typename Turn>
-  void each(int64_t count, const Turn &turn) {
+  // Call task(0), …, task(count - 1), with count < 2²⁰, and return when all have returned.
+  template <typename Task>
+  void parallel_for(int64_t count, const Task &task) {
     std::unique_lock<std::mutex> free(busy_, std::try_to_lock);
-    if (!free) {  // the helpers are busy with a loop of another thread's
-      for (int64_t i = 0; i < count; ++i) turn(i);
+    if (!free) {  // the pool is busy with a loop of another thread
+      for (int64_t i = 0; i < count; ++i) task(i);
       return;
     }
-    call_ = [](const void *turn, int64_t i) { (*static_cast<const Turn *>(turn))(i); };
-    turn_ = &turn;
+    call_ = [](const void *task, int64_t i) { (*static_cast<const Task *>(task))(i); };
+    task_ = &task;
     returned_ = 0;
     ticket_ = ((ticket_ >> 2 * kBits) + 1) << 2 * kBits | uint64_t(count) << kBits;
     if (sleeping_ > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    while (take_turn()) {
+    while (run_task()) {
     }
     while (returned_ < count) std::this_thread::yield();
   }
 
  private:
-  Team() {
-    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMostThreads);
-    for (int64_t i = 1; i < threads; ++i) std::thread([this] { help(); }).detach();
+  ThreadPool() {
+    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMaxThreads);
+    for (int64_t i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
   }
 
-  bool take_turn() {
+  bool run_task() {
     uint64_t ticket = ticket_;
-    while (turns_left(ticket)) {
-      // They belong to this ticket if it is still the newest, as the exchange finds out.
+    while (tasks_left(ticket)) {
+      // They belong to this ticket only if it is still the newest; the exchange checks that.
       const auto call = call_.load();
-      const void *turn = turn_;
+      const void *task = task_;
       if (ticket_.compare_exchange_weak(ticket, ticket + 1)) {
-        call(turn, ticket & kMask);
+        call(task, ticket & kMask);
         ++returned_;
         return true;
       }
@@ -86,41 +87,41 @@ class Team {
     return false;
   }
 
-  static bool turns_left(uint64_t ticket) { return (ticket & kMask) < (ticket >> kBits & kMask); }
+  static bool tasks_left(uint64_t ticket) { return (ticket & kMask) < (ticket >> kBits & kMask); }
 
-  void help() {
+  void work() {
     auto last = std::chrono::steady_clock::now();
     for (;;) {
       const auto now = std::chrono::steady_clock::now();
-      if (take_turn()) {
+      if (run_task()) {
         last = now;
-      } else if (now - last < kPatience) {
+      } else if (now - last < kIdleTime) {
         std::this_thread::yield();
       } else {
         std::unique_lock<std::mutex> lock(sleep_);
         ++sleeping_;
-        wake_.wait(lock, [this] { return turns_left(ticket_); });
+        wake_.wait(lock, [this] { return tasks_left(ticket_); });
         --sleeping_;
       }
     }
   }
 
-  static constexpr int64_t kMostThreads = 8;  // fewer take all that the memory gives
-  static constexpr auto kPatience = std::chrono::microseconds(100);  // longer than from one operator to the next
+  static constexpr int64_t kMaxThreads = 8;  // fewer already use the whole bandwidth of the memory
+  static constexpr auto kIdleTime = std::chrono::microseconds(100);  // before a thread sleeps: more than between operators
   static constexpr int kBits = 20;
   static constexpr uint64_t kMask = (1 << kBits) - 1;
   std::mutex busy_, sleep_;
   std::condition_variable wake_;
   std::atomic<int64_t> sleeping_{0}, returned_{0};
-  std::atomic<uint64_t> ticket_{0};  // from the highest bits on: a loop's number, its turns, those of them taken
+  std::atomic<uint64_t> ticket_{0};  // from the highest bits on: number of the loop, its tasks, how many were taken
   std::atomic<void (*)(const void *, int64_t)> call_{nullptr};
-  std::atomic<const void *> turn_{nullptr};
+  std::atomic<const void *> task_{nullptr};
 };
 
-// A matrix whose rows begin with a line of the cache: else every second access to them would touch two.
-class Rows {
+// A matrix whose rows are aligned to cache lines: else every second access would touch two of them.
+class AlignedMatrix {
  public:
-  Rows(int64_t rows, int64_t columns)
+  AlignedMatrix(int64_t rows, int64_t columns)
       : stride((columns * sizeof(float) + kCacheLine - 1) / kCacheLine * kCacheLine / sizeof(float)),
         numbers_(static_cast<float *>(std::aligned_alloc(kCacheLine, rows * stride * sizeof(float))), std::free) {}
   float *operator[](int64_t row) const { return numbers_.get() + row * stride; }
@@ -140,7 +141,7 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
   return sum;
 }
 
-// The products of a row and eight others, x_stride apart: of the many, the one is read once.
+// The dot products of a row and eight others, which are x_stride apart; the row is read once.
 INLINE void eight_dots(const float *row, const float *x, int64_t x_stride, int64_t n, float *out, int64_t out_stride) {
   const float *x1 = x + x_stride, *x2 = x1 + x_stride, *x3 = x2 + x_stride, *x4 = x3 + x_stride, *x5 = x4 + x_stride,
               *x6 = x5 + x_stride, *x7 = x6 + x_stride;
@@ -172,8 +173,8 @@ INLINE void add_eight_multiples(float *to, const float *factors, const float *x,
   }
 }
 
-// The columns begin … end - 1 of out = x weightᵀ, weight: (…, n).
-FOR_EACH_PROCESSOR void multiply(const Rows &x, int64_t batch, const float *weight, int64_t n, int64_t begin,
+// Columns begin … end - 1 of out = x weightᵀ, weight: (…, n).
+FOR_EACH_PROCESSOR void multiply(const AlignedMatrix &x, int64_t batch, const float *weight, int64_t n, int64_t begin,
                                  int64_t end, float *out, int64_t out_stride) {
   for (int64_t r = begin; r < end; ++r) {
     const float *row = weight + r * n;
@@ -186,7 +187,7 @@ FOR_EACH_PROCESSOR void multiply(const Rows &x, int64_t batch, const float *weig
 
 // LayerNorm of x: (batch, n).
 FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const float *beta, int64_t batch, int64_t n,
-                                   const Rows &out) {
+                                   const AlignedMatrix &out) {
   for (int64_t i = 0; i < batch; ++i) {
     const float *row = x + i * n;
     float *normed = out[i], mean = 0, variance = 0;
@@ -198,9 +199,9 @@ FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const flo
   }
 }
 
-// e**x for x <= 0, absolutely within 2e-7. Of this a loop becomes vector instructions, of std::exp not.
+// e**x for x <= 0, with an absolute error below 2e-7. Loops over it are vectorised, loops over std::exp are not.
 INLINE float exp_of_negative(float x) {
-  x = std::max(x, -87.0f);  // what is less is lost beside the largest score's e**0
+  x = std::max(x, -87.0f);  // smaller values vanish beside e**0 of the largest score
   const int32_t power = int32_t(x * 1.44269504f - 0.5f), bits = (power + 127) << 23;
   const float r = x - power * 0.693147181f;
   float two_to_the_power;
@@ -208,7 +209,8 @@ INLINE float exp_of_negative(float x) {
   return two_to_the_power * (((((r / 720 + 1 / 120.0f) * r + 1 / 24.0f) * r + 1 / 6.0f) * r + 0.5f) * r * r + r + 1);
 }
 
-// The error function within 4e-7, for the same reason: a quotient fitted to it between -4 and 4, where it is ±1.
+// The error function with an error below 4e-7, for the same reason: a rational function fitted to it on [-4, 4]; beyond
+// that it is ±1.
 INLINE float erf(float x) {
   x = std::min(std::max(x, -4.0f), 4.0f);
   const float t = x * x;
@@ -224,33 +226,33 @@ FOR_EACH_PROCESSOR void geglu(float *value, const float *gate, int64_t n) {
   for (int64_t c = 0; c < n; ++c) value[c] *= gate[c] * (0.5f + 0.5f * erf(gate[c] * 0.707106781f));
 }
 
-// x with unit length, times the numbers of scale, if there are any.
+// x with unit length, times scale if it is not null.
 INLINE void normalise(float *x, const float *scale, int64_t d) {
   const float inverse_length = 1 / std::sqrt(std::max(dot(x, x, d), 1e-24f));
   for (int64_t c = 0; c < d; ++c) x[c] *= inverse_length * (scale ? scale[c] : 1);
 }
 
-// out = x matrix, matrix: (d, d).
-INLINE void turn(const float *x, const float *matrix, int64_t d, float *out) {
-  std::fill_n(out, d, 0.0f);
-  int64_t j = 0;
-  for (; j + 8 <= d; j += 8) add_eight_multiples(out, x + j, matrix + j * d, d);
-  for (; j < d; ++j) add_multiple(out, x[j], matrix + j * d, d);
+// out = x rotated by angles with these cosines and sines, each of d numbers: [x1, x2] cos + [-x2, x1] sin.
+INLINE void apply_rotary(const float *x, const float *cos, const float *sin, int64_t d, float *out) {
+  const int64_t half = d / 2;
+  for (int64_t c = 0; c < half; ++c) out[c] = x[c] * cos[c] - x[c + half] * sin[c];
+  for (int64_t c = half; c < 2 * half; ++c) out[c] = x[c] * cos[c] + x[c - half] * sin[c];
+  if (d % 2) out[d - 1] = x[d - 1] * cos[d - 1];  // without rotary embeddings: all sines are 0
 }
 
-// One head, and the `span` keys and values of d numbers that it sees.
+// One head, and the `span` slots of keys and values, of d numbers each, in its cache.
 struct Head {
   int64_t span, d;
-  const float *turn_query, *turn_key;  // (d, d)
-  const float *q_scale, *k_scale;      // (d), or null
+  const float *q_cos, *q_sin, *k_cos, *k_sin;  // (d); those of the query times the scale of the scores
+  const float *q_scale, *k_scale;              // (d), or null
   bool unit_keys;
-  const float *decay;          // (span, d), or null
-  const float *bias;           // (span)
-  float *keys, *values;        // (span, d)
-  int64_t own;                 // the slot of these that takes the new ones
+  const float *decay;    // (span, d), or null
+  const float *mask;     // (span), additive
+  float *keys, *values;  // (span, d)
+  int64_t own;           // the slot that takes the new key and value
 };
 
-// From the projections q, k, v to out, each of d numbers; scratch has room for d + span.
+// Attend to the cache: from the projections q, k, v to out, each of d numbers; scratch has room for d + span numbers.
 FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float *v, float *scratch, float *out) {
   const int64_t span = head.span, d = head.d;
   float *query = scratch, *scores = scratch + d;
@@ -259,8 +261,8 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
     normalise(k, head.k_scale, d);
   }
   if (head.unit_keys) normalise(k, nullptr, d);
-  turn(q, head.turn_query, d, query);
-  turn(k, head.turn_key, d, head.keys + head.own * d);
+  apply_rotary(q, head.q_cos, head.q_sin, d, query);
+  apply_rotary(k, head.k_cos, head.k_sin, d, head.keys + head.own * d);
   std::copy_n(v, d, head.values + head.own * d);
   int64_t s = 0;
   if (head.decay) {
@@ -277,7 +279,7 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
     for (; s < span; ++s) scores[s] = dot(query, head.keys + s * d, d);
   }
   float largest = -INFINITY, total = 0;
-  for (s = 0; s < span; ++s) scores[s] += head.bias[s];
+  for (s = 0; s < span; ++s) scores[s] += head.mask[s];
   for (s = 0; s < span; ++s) largest = std::max(largest, scores[s]);
   for (s = 0; s < span; ++s) scores[s] = exp_of_negative(scores[s] - largest);
   for (s = 0; s < span; ++s) total += scores[s];
@@ -298,7 +300,7 @@ struct Tensors {
 
   float *operator[](int i) const { return static_cast<float *>(data[i]); }
   const int32_t *integers(int i) const { return static_cast<const int32_t *>(data[i]); }
-  // What is not there is a tensor of a single axis.
+  // An absent one is a tensor of a single axis.
   float *optional(int i) const { return axes[i] > 1 ? (*this)[i] : nullptr; }
 };
 
@@ -312,11 +314,11 @@ bool fit(const char *kinds, int count, const char **types) {
 
 }  // namespace
 
-// Returns 0, or for what it cannot take something else, of which MindSpore makes an error.
+// Returns 0; or another number for arguments that it does not take, which MindSpore turns into an error.
 #define OPERATOR(name) \
   extern "C" int name(int count, void **data, int *axes, int64_t **shapes, const char **types, void *, void *)
 
-// One token of each of b texts through LocalMHA.
+// One token of each of b sequences through LocalMHA.
 OPERATOR(attend_to_cache) {
   enum {
     kX,                    // (b, dim)
@@ -326,55 +328,57 @@ OPERATOR(attend_to_cache) {
     kToGate,               // optional (h, dim)
     kGateBias,             // (h)
     kQScale, kKScale,      // optional (1, d)
-    kUnitKeys,             // (1) int32: whether keys get unit length
-    kTurnQuery, kTurnKey,  // (1, d, d)
-    kBias,                 // (1 or b h, 1, span)
+    kUnitKeys,             // (1) int32: whether keys are l2-normalised
+    kRotation,             // (4, b h, d): cosine and sine for queries, times the scale of the scores, and for keys
+    kMask,                 // (1 or b h, 1, span), additive
     kDecay,                // optional (1, span, d)
     kKeys, kValues,        // (b h span, d), into which the new ones are written
     kSlots,                // (b h) int32: in these rows
     kOut,                  // (b, dim)
   };
-  if (!fit("fffffffffffiffffffif", count, types)) return 1;
+  if (!fit("fffffffffffifffffif", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToQ][0], d = shapes[kKeys][1],
                 heads = inner / d, span = shapes[kKeys][0] / (batch * heads);
   const float *to_gate = tensors.optional(kToGate);
-  const Rows normed(batch, dim), q(batch, inner), k(batch, inner), v(batch, inner), merged(batch, inner),
+  const AlignedMatrix normed(batch, dim), q(batch, inner), k(batch, inner), v(batch, inner), merged(batch, inner),
       scratch(batch * heads, d + span);
-  Team &team = Team::instance();
+  ThreadPool &pool = ThreadPool::instance();
 
   layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
   const float *const weights[] = {tensors[kToQ], tensors[kToK], tensors[kToV]};
-  const Rows *const projections[] = {&q, &k, &v};
-  team.each(3 * blocks(inner), [&](int64_t i) {
+  const AlignedMatrix *const projections[] = {&q, &k, &v};
+  pool.parallel_for(3 * blocks(inner), [&](int64_t i) {
     const int64_t which = i / blocks(inner), begin = i % blocks(inner) * kBlock, end = std::min(begin + kBlock, inner);
     multiply(normed, batch, weights[which], dim, begin, end, (*projections[which])[0], q.stride);
   });
-  team.each(batch * heads, [&](int64_t row) {
-    const int64_t text = row / heads, h = row % heads;
+  pool.parallel_for(batch * heads, [&](int64_t row) {
+    const int64_t sequence = row / heads, h = row % heads;
     Head head;
     head.span = span, head.d = d;
-    head.turn_query = tensors[kTurnQuery], head.turn_key = tensors[kTurnKey];
+    const float *rotation = tensors[kRotation] + row * d;
+    head.q_cos = rotation, head.q_sin = rotation + batch * heads * d;
+    head.k_cos = rotation + 2 * batch * heads * d, head.k_sin = rotation + 3 * batch * heads * d;
     head.q_scale = tensors.optional(kQScale), head.k_scale = tensors.optional(kKScale);
     head.unit_keys = tensors.integers(kUnitKeys)[0];
     head.decay = tensors.optional(kDecay);
-    head.bias = tensors[kBias] + (shapes[kBias][0] > 1 ? row * span : 0);
+    head.mask = tensors[kMask] + (shapes[kMask][0] > 1 ? row * span : 0);
     head.keys = tensors[kKeys] + row * span * d, head.values = tensors[kValues] + row * span * d;
     head.own = tensors.integers(kSlots)[row] - row * span;
-    float *out = merged[text] + h * d;
-    attend(head, q[text] + h * d, k[text] + h * d, v[text] + h * d, scratch[row], out);
+    float *out = merged[sequence] + h * d;
+    attend(head, q[sequence] + h * d, k[sequence] + h * d, v[sequence] + h * d, scratch[row], out);
     if (to_gate) {
-      const float gate = dot(normed[text], to_gate + h * dim, dim) + tensors[kGateBias][h];
+      const float gate = dot(normed[sequence], to_gate + h * dim, dim) + tensors[kGateBias][h];
       for (int64_t c = 0; c < d; ++c) out[c] /= 1 + std::exp(-gate);
     }
   });
-  team.each(blocks(dim), [&](int64_t i) {
+  pool.parallel_for(blocks(dim), [&](int64_t i) {
     multiply(merged, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
   });
   return 0;
 }
 
-// One token of each of b texts through FeedForward.
+// One token of each of b sequences through FeedForward.
 OPERATOR(feed_forward) {
   enum {
     kX,                 // (b, dim)
@@ -386,17 +390,17 @@ OPERATOR(feed_forward) {
   if (!fit("fffffff", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
-  const Rows normed(batch, dim), values(batch, inner), gates(batch, inner);
-  Team &team = Team::instance();
+  const AlignedMatrix normed(batch, dim), values(batch, inner), gates(batch, inner);
+  ThreadPool &pool = ThreadPool::instance();
 
   layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
-  team.each(blocks(inner), [&](int64_t i) {
+  pool.parallel_for(blocks(inner), [&](int64_t i) {
     const int64_t begin = i * kBlock, end = std::min(begin + kBlock, inner);
     multiply(normed, batch, tensors[kToValue], dim, begin, end, values[0], values.stride);
     multiply(normed, batch, tensors[kToGate], dim, begin, end, gates[0], gates.stride);
     for (int64_t row = 0; row < batch; ++row) geglu(values[row] + begin, gates[row] + begin, end - begin);
   });
-  team.each(blocks(dim), [&](int64_t i) {
+  pool.parallel_for(blocks(dim), [&](int64_t i) {
     multiply(values, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
   });
   return 0;

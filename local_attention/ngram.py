@@ -1,14 +1,14 @@
-"""Embeddings of the last few tokens together: what a text's common turns lead to, without a layer that learns it."""
+"""Embeddings of n-grams: what follows the common phrases of a text, looked up instead of computed."""
 
 import mindspore as ms
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import initializer
 
 from local_attention.layers import dense
+from local_attention.options import MAX_NGRAM_BUCKETS
 
-# Keys stay below 2**31: (2**18 - 1) * FACTOR + num_tokens. Prime, so that tokens far back do not fall out of a key.
+# Hashes stay below 2**31: (2**18 - 1) * FACTOR + num_tokens. A prime, so that the earliest tokens still count.
 FACTOR = 8167
-MOST_BUCKETS = 2**18
 
 
 class NgramEmbedding(nn.Cell):
@@ -27,58 +27,52 @@ class NgramEmbedding(nn.Cell):
         ValueError: for sizes outside these.
     """
 
-    def __init__(self, max_ngram, buckets, ngram_dim, dim):
+    def __init__(self, max_ngram: int, buckets: int, ngram_dim: int, dim: int) -> None:
         super().__init__()
-        if not 2 <= buckets <= MOST_BUCKETS:
-            raise ValueError(f"expected ngram_buckets from 2 to {MOST_BUCKETS}, got {buckets}")
+        if not 2 <= buckets <= MAX_NGRAM_BUCKETS:
+            raise ValueError(f"expected ngram_buckets from 2 to {MAX_NGRAM_BUCKETS}, got {buckets}")
         if ngram_dim < 1:
             raise ValueError(f"expected ngram_dim >= 1, got {ngram_dim}")
-        self.before, self.buckets, self.ngram_dim = max_ngram - 1, buckets, ngram_dim
-        rows = self.before * buckets
+        self.context, self.buckets, self.ngram_dim = max_ngram - 1, buckets, ngram_dim
+        rows = self.context * buckets
         self.embedding_table = Parameter(initializer("zeros", (rows, ngram_dim), ms.float32), name="embedding_table")
-        self.to_out = dense(self.before * ngram_dim, dim)
+        self.to_out = dense(self.context * ngram_dim, dim)
 
-    def construct(self, tokens, mask=None, rows=None):
-        """Embed a text from its beginning.
+    def construct(self, tokens, mask=None):
+        """``(b, n) -> (b * n, dim)``; the arguments are those of :meth:`bucket_ids_of_sequence`."""
+        return self.combine(self.look_up(self.bucket_ids_of_sequence(tokens, mask)))
+
+    def bucket_ids_of_sequence(self, tokens, mask=None):
+        """The :meth:`bucket_ids` of whole sequences.
 
         Args:
             tokens: ``(b, n)`` int32.
             mask: ``(b, n)`` booleans; tokens where it is False count as none.
-            rows: what :meth:`look_up` finds for :meth:`bucket_ids_of_sequence`, if that was looked up before.
-
-        Returns:
-            ``(b * n, dim)``.
         """
-        if rows is None:
-            rows = self.look_up(self.bucket_ids_of_sequence(tokens, mask))
-        return self.combine(rows)
-
-    def bucket_ids_of_sequence(self, tokens, mask=None):
-        """The arguments as :meth:`construct`'s; returns what :meth:`keys` does."""
         numbers = tokens + 1
         if mask is not None:
             numbers = numbers * mask.astype(ms.int32)
-        none = ops.zeros((numbers.shape[0], self.before), ms.int32)
-        return self.keys(ops.cat((none, numbers), 1))
+        none = ops.zeros((numbers.shape[0], self.context), ms.int32)
+        return self.bucket_ids(ops.cat((none, numbers), 1))
 
-    def keys(self, numbers):
-        """Which rows of the table belong to the last ``n`` of ``numbers: (b, max_ngram - 1 + n)``.
+    def bucket_ids(self, numbers):
+        """The rows of the table for the last ``n`` of ``numbers: (b, max_ngram - 1 + n)``, one per token and order.
 
         The numbers are int32: 1 + token, 0 where there is none. Returns ``(b * n * (max_ngram - 1),)``, those of one
         token side by side.
         """
-        length = numbers.shape[1] - self.before
-        key, keys = numbers[:, self.before :], ()
-        for i in range(self.before):
-            begin = self.before - 1 - i
-            key = ops.floor_mod(key * FACTOR + numbers[:, begin : begin + length], self.buckets)
-            keys = keys + (key + i * self.buckets,)
-        return ops.stack(keys, -1).reshape(-1)
+        length = numbers.shape[1] - self.context
+        bucket, ids = numbers[:, self.context :], ()
+        for i in range(self.context):
+            begin = self.context - 1 - i
+            bucket = ops.floor_mod(bucket * FACTOR + numbers[:, begin : begin + length], self.buckets)
+            ids = ids + (bucket + i * self.buckets,)
+        return ops.stack(ids, -1).reshape(-1)
 
-    def look_up(self, keys):
+    def look_up(self, bucket_ids):
         """``(rows,) -> (rows, ngram_dim)``."""
-        return ops.gather(self.embedding_table, keys, 0)
+        return ops.gather(self.embedding_table, bucket_ids, 0)
 
     def combine(self, rows):
         """``(b * n * (max_ngram - 1), ngram_dim) -> (b * n, dim)``."""
-        return self.to_out(rows.reshape((-1, self.before * self.ngram_dim)))
+        return self.to_out(rows.reshape((-1, self.context * self.ngram_dim)))

@@ -26,7 +26,7 @@ def score_stream(model, pieces):
     Raises:
         ValueError: for a text of no bytes.
     """
-    decoder = DecodingSession(model, chunk=CHUNK, chunk_from=1)
+    decoder = DecodingSession(model, prefill_chunk=CHUNK, prefill_threshold=1)
     nats, scored = 0.0, 0
     before = decoder.feed([[ord("\n")]])[0]
     for piece in pieces:

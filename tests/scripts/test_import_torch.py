@@ -250,7 +250,7 @@ def test_weights_of_something_else_are_refused_naming_what_was_looked_for(weight
         ([WINDOW, "model.look_backward=-1"], "model.look_backward=-1: expected a whole number >= 0"),
         ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos=abc: expected true or false"),
         ([WINDOW, "model.xpos_scale_base=9"], "model.xpos_scale_base=9.0 needs model.use_xpos=true"),
-        ([WINDOW, "model.use_rotary_pos_emb=false"], "no model with use_rotary_pos_emb=False"),
+        ([WINDOW, "model.use_rotary_pos_emb=false"], "use_rotary_pos_emb=False: the original has no model"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

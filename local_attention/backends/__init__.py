@@ -1,0 +1,44 @@
+"""Attention backends: how queries meet keys.
+
+========================  =====================================================  ======================
+backend                   used for                                               keys come from
+========================  =====================================================  ======================
+``blocked``               training and evaluation, on any device                 the sequence itself
+``cached``                prefill and decoding, on any device                    the KV cache
+``cached_cpu`` (C++)      decoding on a CPU, where it was built                  the KV cache
+========================  =====================================================  ======================
+
+Everything else, from projections to rotation and the merging of heads, is written once, in :class:`LocalMHA` and
+:class:`LocalAttention`. A backend *declares* the options that it computes; :func:`choose_backend` takes the first one
+that computes all options in use. An option that no backend declares is refused: it is never ignored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+
+def options_in_use(options: Any) -> set[str]:
+    """The names of a dataclass' fields whose values are not their defaults; those without a default are in use."""
+    return {f.name for f in fields(options) if f.default is MISSING or getattr(options, f.name) != f.default}
+
+
+def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
+    """The first of ``backends`` that computes all options of ``cell`` and can run here.
+
+    Args:
+        backends: classes with ``computes``, a set of names of options, and ``is_available(cell)``.
+        cell: a cell with ``options``, the dataclass of its options.
+
+    Raises:
+        NotImplementedError: naming the options that none of them computes.
+    """
+    used = options_in_use(cell.options)
+    for backend in backends:
+        if used <= backend.computes and backend.is_available(cell):
+            return backend
+    known = set().union(*(backend.computes for backend in backends))
+    names = ", ".join(backend.__name__ for backend in backends)
+    raise NotImplementedError(
+        f"{type(cell).__name__}: none of {names} computes {', '.join(sorted(used - known)) or 'these options together'}"
+    )

@@ -1,0 +1,54 @@
+"""Attention of new tokens to the KV cache by MindSpore's own operators: prefill and decoding."""
+
+from mindspore import Parameter, nn, ops
+
+
+class CachedMHA(nn.Cell):
+    """:class:`LocalMHA` for ``n`` more tokens, whose keys and values go to and come from the cache.
+
+    Args:
+        mha: the :class:`LocalMHA`.
+        keys, values: of its layer, see :class:`decoding.KVCache`.
+    """
+
+    # fmt: off
+    computes = frozenset({
+        "dim", "window_size", "dim_head", "heads", "dropout", "causal", "prenorm", "qk_rmsnorm", "qk_scale", "use_xpos",
+        "xpos_scale_base", "exact_windowsize", "gate_values_per_head", "look_backward", "look_forward", "shared_qk",
+        "scale", "use_rotary_pos_emb",
+    })
+    # fmt: on
+
+    def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.mha, self.keys, self.values = mha, keys, values
+        self.use_xpos = mha.attention.rel_pos is not None and mha.attention.use_xpos
+        self.write, self.softmax, self.unstack = ops.ScatterUpdate(), ops.Softmax(-1), ops.Unstack()
+        self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+    @staticmethod
+    def is_available(mha: nn.Cell) -> bool:
+        return True
+
+    def construct(self, x, slots, mask, rotation, decay):
+        """``x: (b, n, dim)``, returns the like; the other arguments are those of :class:`decoding.StepInputs`."""
+        return self.mha.attend_with(self.attend, x, (slots, mask, rotation, decay))
+
+    def attend(self, q, k, v, slots, mask, rotation, decay):
+        """``q, k, v: (b, h, n, d)``, returns the like."""
+        q, k = self.mha.attention.encode(q, k, self.unstack(rotation))
+        shape, groups, d = q.shape, q.shape[0] * q.shape[1], q.shape[3]
+        new_k, new_v = k.reshape((-1, d)), v.reshape((-1, d))
+        if shape[2] == 1:
+            keys, values = self.write(self.keys, slots, new_k), self.write(self.values, slots, new_v)
+            keys, values = keys.reshape((groups, -1, d)), values.reshape((groups, -1, d))
+        else:
+            keys = ops.cat((self.keys.reshape((groups, -1, d)), k.reshape((groups, -1, d))), 1)
+            values = ops.cat((self.values.reshape((groups, -1, d)), v.reshape((groups, -1, d))), 1)
+        if self.use_xpos:
+            keys = keys * decay
+        out = self.matmul(self.softmax(self.matmul_nt(q.reshape((groups, -1, d)), keys) + mask), values)
+        if shape[2] > 1:  # written only after these tokens have seen what is overwritten
+            self.write(self.keys, slots, ops.depend(new_k, out))
+            self.write(self.values, slots, ops.depend(new_v, out))
+        return out.reshape(shape)

@@ -1,0 +1,66 @@
+"""The two branches of a layer for one decoded token, each as one operator in C++ on a CPU; see kernels.cpp."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, nn
+
+from local_attention.kernels import kernels_run, operator
+
+
+class CachedMHAOperator(nn.Cell):
+    """:class:`CachedMHA` for one token per sequence; takes and gives the same.
+
+    The operator itself writes the new key and value into the cache. MindSpore is not told so, which is safe as long as
+    everything that reads the cache depends on the output.
+    """
+
+    # fmt: off
+    computes = frozenset({
+        "dim", "window_size", "dim_head", "heads", "dropout", "causal", "prenorm", "qk_rmsnorm", "qk_scale",
+        "use_xpos", "xpos_scale_base", "exact_windowsize", "gate_values_per_head", "look_backward", "look_forward",
+        "shared_qk", "scale", "use_rotary_pos_emb",
+    })
+    # fmt: on
+
+    @staticmethod
+    def is_available(mha: nn.Cell) -> bool:
+        return mha.norm is not None and kernels_run(mha)
+
+    def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.mha, self.keys, self.values = mha, keys, values
+        self.attend_to_cache = operator("attend_to_cache")
+        self.absent = ms.Tensor(np.zeros(1, np.float32))
+        self.unit_keys = ms.Tensor(np.array([mha.attention.l2_norm is not None], np.int32))
+        self.use_xpos = mha.attention.rel_pos is not None and mha.attention.use_xpos
+
+    def construct(self, x, slots, mask, rotation, decay):
+        mha = self.mha
+        gate = gate_bias = q_scale = k_scale = self.absent
+        if mha.to_v_gate is not None:
+            gate, gate_bias = mha.to_v_gate.weight, mha.to_v_gate.bias
+        if mha.qk_rmsnorm:
+            q_scale, k_scale = mha.q_scale.reshape((1, -1)), mha.k_scale.reshape((1, -1))
+        if not self.use_xpos:
+            decay = self.absent
+        norm, weights = mha.norm, (mha.to_q.weight, mha.to_k.weight, mha.to_v.weight, mha.to_out.weight)
+        options = (gate, gate_bias, q_scale, k_scale, self.unit_keys)
+        inputs = (rotation, mask, decay, self.keys, self.values, slots)
+        x = x.reshape((x.shape[0], x.shape[2]))
+        return self.attend_to_cache(x, norm.gamma, norm.beta, *weights, *options, *inputs)
+
+
+class FeedForwardOperator(nn.Cell):
+    """:class:`FeedForward` for one token per sequence, ``(b, 1, dim)``."""
+
+    computes = frozenset({"dim", "mult", "dropout"})
+    is_available = staticmethod(kernels_run)
+
+    def __init__(self, feed_forward: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.ff, self.feed_forward = feed_forward, operator("feed_forward")
+
+    def construct(self, x):
+        ff, x = self.ff, x.reshape((x.shape[0], x.shape[2]))
+        weights = (ff.to_value.weight, ff.to_gate.weight, ff.to_out.weight)
+        return self.feed_forward(x, ff.norm.gamma, ff.norm.beta, *weights)

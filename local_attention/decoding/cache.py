@@ -1,0 +1,112 @@
+"""The KV cache: of each layer the keys and values that later tokens can still see."""
+
+from typing import Any, NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from local_attention.decoding.interface import DecodableModel
+from local_attention.local_attention import LocalAttention
+from local_attention.masks import MaskSpec, to_additive_mask, visible
+from local_attention.rotary import rotary_angles, xpos_decay
+
+
+def cache_length(attention: LocalAttention) -> int:
+    """How many of the newest keys, its own included, a causal query may see."""
+    window, back = attention.window_size, attention.look_backward
+    return window * back + 1 if attention.exact_windowsize else window * (back + 1)
+
+
+class StepInputs(NamedTuple):
+    """What decode steps need of positions: arrays with an axis of steps in front.
+
+    positions: ``(count,)`` int32, for learned positions.
+    slots: ``(b * heads * count,)`` int32, the rows of the cache that take the new keys and values.
+    mask: ``(1, count, span)`` float32, additive. The keys are those of the cache's slots; for more than one token also
+        their own, after them.
+    rotation: ``(4, b * heads * count, d)`` float32, cosines and sines for queries, times the scale of the scores and
+        their xPos decay, and for keys.
+    distances: ``(count * span,)`` int32, tokens from each key to each query, for the dynamic bias.
+    decay: ``(1, span, d)`` float32, the xPos decay of the keys.
+    """
+
+    positions: np.ndarray
+    slots: np.ndarray
+    mask: np.ndarray
+    rotation: np.ndarray
+    distances: np.ndarray
+    decay: np.ndarray
+
+
+class KVCache:
+    """Keys and values of all layers: ``keys[i]`` and ``values[i]`` are Parameters ``(b * heads * (length + 1), d)``.
+
+    A ring of ``length`` slots per head: a token's slot is its position modulo ``length``. One more slot, which no query
+    sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores depend on the
+    difference), but without the decay of xPos, which would leave float32's range.
+
+    Args:
+        model: the model.
+        batch: number of sequences.
+    """
+
+    def __init__(self, model: DecodableModel, batch: int) -> None:
+        mha = model.layers[0].attention
+        self.attention = mha.attention
+        self.max_position = model.max_seq_len - 1
+        self.rows, self.d = batch * mha.heads, mha.dim_head
+        self.length = cache_length(self.attention)
+        zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
+        self.keys, self.values = (
+            ms.ParameterTuple(
+                Parameter(Tensor(zeros), name=f"{name}.{i}", requires_grad=False) for i in range(len(model.layers))
+            )
+            for name in ("cached_keys", "cached_values")
+        )
+
+    def step_inputs(self, position: int, steps: int, count: int, kept: int) -> StepInputs:
+        """What ``steps`` steps of ``count`` tokens need, the first of which stands at ``position``.
+
+        The first ``kept`` tokens of each step are kept in the cache; the others are padding. Computed in float64, so
+        exact at any position.
+        """
+        attention, length, d = self.attention, self.length, self.d
+        positions = position + np.arange(steps * count).reshape(steps, count)
+        last = positions[:, -1:] if count == 1 else positions[:, :1] - 1
+        cached = last - (last - np.arange(length)) % length  # the position that each slot holds
+        none = np.full((steps, 1), -1)
+        keys = np.concatenate([cached, none] if count == 1 else [cached, none, positions], 1)
+        distances = positions[:, :, None] - keys[:, None]
+        spec = MaskSpec(*attention.mask_spec(attention.window_size))
+        seen = visible(positions[:, :, None], keys[:, None], length=positions.max() + 1, **spec._asdict())
+        mask = to_additive_mask(seen) + np.float32(attention.self_value) * (distances == 0)
+        is_kept = (np.arange(count) < kept) & (np.arange(count) >= kept - length)
+        slots = np.where(is_kept, positions % length, length)
+        slots = np.arange(self.rows)[:, None] * (length + 1) + slots[:, None]
+
+        angles, q_factor = np.zeros((steps, count, d)), np.full((count, d), attention.score_scale(d))
+        decay = np.zeros((steps, 1, 1))
+        if attention.rel_pos is not None:
+            angles = rotary_angles(positions.reshape(-1), d, attention.rel_pos.theta).reshape(angles.shape)
+            if attention.use_xpos:
+                base = attention.rel_pos.scale_base
+                q_factor = q_factor * xpos_decay(np.arange(count), d, base)
+                decay = xpos_decay((positions[:, :1] - keys).reshape(-1), d, base).reshape((steps, -1, d))
+        cos, sin = np.cos(angles), np.sin(angles)
+        rotation = np.stack([cos * q_factor, sin * q_factor, cos, sin], 1)[:, :, None]
+        rotation = np.broadcast_to(rotation, (steps, 4, self.rows, count, d))
+        return StepInputs(
+            # padding may lie beyond the learned positions
+            np.minimum(positions, self.max_position).astype(np.int32),
+            slots.reshape((steps, -1)).astype(np.int32),
+            mask[:, None].astype(np.float32),
+            rotation.reshape((steps, 4, -1, d)).astype(np.float32),
+            np.clip(distances, 0, length).reshape((steps, -1)).astype(np.int32),
+            decay[:, None].astype(np.float32),
+        )
+
+    def max_chunk(self) -> int:
+        """The most tokens per step that the decay of xPos, ``3.5 ** (chunk / base)``, allows in float32."""
+        rotary: Any = self.attention.rel_pos
+        return max(1, int(55 * rotary.scale_base)) if rotary is not None and self.attention.use_xpos else 2**31

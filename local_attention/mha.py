@@ -1,0 +1,108 @@
+"""Multi-head local attention."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, nn, ops
+
+from local_attention.constants import shared_constant
+from local_attention.einops_mindspore import Rearrange
+from local_attention.layers import AddBias, L2Norm, LayerNorm, dense, tree_map
+from local_attention.local_attention import LocalAttention
+from local_attention.options import LocalMHAOptions, accepts
+
+
+class LocalMHA(nn.Cell):
+    """Multi-head attention within windows, of any length: ``x: (b, n, dim) -> (b, n, dim)``.
+
+    With ``qk_rmsnorm`` queries and keys are l2-normalised and multiplied by learned scales, one per channel (Dehghani
+    et al. 2023, arXiv 2302.05442, section 2, there with LayerNorm).
+
+    The arguments are those of :class:`LocalMHAOptions`.
+
+    Raises:
+        ValueError: for an option outside its range; for ``scale`` with ``qk_rmsnorm``; and as :class:`LocalAttention`.
+    """
+
+    @accepts(LocalMHAOptions)
+    def __init__(self, options: LocalMHAOptions) -> None:
+        super().__init__()
+        self.options = options
+        dim, heads, dim_head = options.dim, options.heads, options.dim_head
+        self.heads, self.dim_head = heads, dim_head
+        inner = heads * dim_head
+        self.norm = LayerNorm(dim) if options.prenorm else None
+        self.to_q, self.to_k, self.to_v = dense(dim, inner), dense(dim, inner), dense(dim, inner)
+        self.to_out = dense(inner, dim)
+        self.qk_rmsnorm = options.qk_rmsnorm
+        if options.qk_rmsnorm:
+            self.l2_norm, self.matmul = L2Norm(), ops.MatMul()
+            self.q_scale, self.k_scale = (
+                Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
+            )
+        self.to_v_gate = nn.Dense(dim, heads) if options.gate_values_per_head else None
+        self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), AddBias()
+        self.split_heads = Rearrange("b n (h d) -> b h n d", h=heads)
+        self.merge_heads = Rearrange("b h n d -> (b n) (h d)")
+        self.attention = LocalAttention(**vars(options.attention()))
+
+    def construct(self, x, mask=None, attn_bias=None):
+        """Attend.
+
+        Args:
+            x: ``(b, n, dim)`` float32.
+            mask: ``(b, n)`` booleans, True where a token may be seen.
+            attn_bias: ``(heads, window, span)`` float32, see :class:`LocalAttention`.
+
+        Returns:
+            ``(b, n, dim)``.
+        """
+        return self.attend_with(self.attention, x, (mask, None, attn_bias))
+
+    def attend_with(self, attention, x, inputs):
+        """Project ``x: (b, n, dim)``, let queries meet keys by ``attention(q, k, v, *inputs)``, and project the result.
+
+        ``q, k, v: (b, h, n, d)``. In training ``attention`` is the :class:`LocalAttention`; in decoding its keys and
+        values are those of the KV cache.
+        """
+        b, n, dim = x.shape
+        q, k, v, gates = self.project(x.reshape((b * n, dim)))
+        out = attention(self.heads_of(q, b), self.heads_of(k, b), self.heads_of(v, b), *inputs)
+        return self.merge(self.merge_heads(out), gates).reshape((b, n, dim))
+
+    def heads_of(self, x, b):
+        """``(b n, h d) -> (b, h, n, d)``."""
+        return self.split_heads(x.reshape((b, -1, x.shape[-1])))
+
+    def project(self, x):
+        """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.
+
+        The gates ``(rows, h)`` are logits.
+        """
+        weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
+        if self.to_v_gate is not None:
+            weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_v_gate.weight)
+        products = tree_map(ops.partial(self.matmul_nt, x), weights) if self.norm is None else self.norm(x, weights)
+        q, k, v = products[0], products[1], products[2]
+        if self.qk_rmsnorm:
+            q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
+        if self.to_v_gate is None:
+            return q, k, v, None
+        return q, k, v, self.add_bias(products[3], self.to_v_gate.bias)
+
+    def normalise(self, x, scale):
+        """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
+        heads = self.l2_norm(x.reshape((-1, self.dim_head)))
+        scales = self.matmul(ops.ones((heads.shape[0], 1), x.dtype), scale.reshape((1, -1)))
+        return (heads * scales).reshape(x.shape)
+
+    def merge(self, out, gates):
+        """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
+        if gates is not None:
+            out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head))
+        return self.matmul_nt(out, self.to_out.weight)
+
+
+@shared_constant
+def channels_of_heads(heads, dim_head):
+    """``(h, h d)``: a product with it repeats the number of each head for all its channels."""
+    return np.kron(np.eye(heads, dtype=np.float32), np.ones((1, dim_head), np.float32))

@@ -1,0 +1,56 @@
+"""Workarounds for MindSpore 2.10, and what they work around; tests/local_attention/test_mindspore_quirks.py tells when
+one is no longer needed, or no longer works.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from einops._backends import AbstractBackend  # noqa: F401, the base class by which einops finds a backend
+from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
+from mindspore import Parameter, Tensor, nn, ops
+
+
+def call_without_checks(cell: nn.Cell) -> nn.Cell:
+    """Let MindSpore call a compiled cell without looking for changes in each of its cells, which takes 1 ms per call.
+
+    The phase name "increment" is that of MindSpore's own decoding, for which it does so.
+    """
+    cell.phase = "increment"
+    return cell
+
+
+def addresses_of(parameters: Iterable[Parameter]) -> list[int]:
+    """Where parameters lie in memory.
+
+    A compiled graph with a loop keeps reading parameters where they were when it first ran, and ``Parameter.set_data``,
+    which loads weights, may put them elsewhere. So such a graph has to be compiled again when this list changes.
+    """
+    return [parameter.data_ptr() for parameter in parameters]
+
+
+def assign_in_place(parameter: Parameter, array: np.ndarray) -> None:
+    """Give a parameter new values where it is, for the same reason: ``set_data`` would not reach a compiled graph."""
+    ops.assign(parameter, Tensor(array))
+
+
+def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> None:
+    """Make a parameter a member of a cell that graphs can use and update, but that ``get_parameters`` does not list.
+
+    ``Cell.__setattr__`` would register it; there is no other way to have state that is not saved or trained.
+    """
+    vars(cell)[name] = parameter
+
+
+def tanh(x: Any) -> Any:
+    """``2 sigmoid(2x) - 1``, with an error of 2e-6. ``ops.tanh`` is wrong by 1e-4 around ±5 on a CPU."""
+    return ops.sigmoid(x * 2) * 2 - 1
+
+
+def einops_steps(operation: str, pattern: str, axes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> tuple:
+    """The steps that einops takes for a pattern and a shape: private functions of einops 0.8.
+
+    The parser of static graphs refuses einops' public functions ("Unsupported statement 'Try'").
+    """
+    recipe = _prepare_transformation_recipe(pattern, operation, tuple(name for name, _ in axes), len(shape))
+    return _reconstruct_from_shape_uncached(recipe, list(shape), axes)
