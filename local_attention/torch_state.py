@@ -20,10 +20,9 @@ def torch_state(model: LocalTransformer) -> dict[str, np.ndarray]:
     Without learned absolute positions, which the original always has, they are zeros.
 
     Raises:
-        ValueError: for a model without rotary embeddings and without dynamic bias, or with n-grams, which the original
-            cannot be.
+        ValueError: for a model that the original cannot be, see :meth:`LanguageModelOptions.original_arguments`.
     """
-    require_original(model)
+    model.options.original_arguments()  # refuses what the original cannot be
     parameters = arrays(model)
     state: dict[str, np.ndarray] = {}
     for theirs, ours, shape in correspondence(model):
@@ -35,9 +34,10 @@ def load_torch_state(model: LocalTransformer, state: Mapping[str, np.ndarray]) -
     """Load a state dict of the original, ``{name: array}``, into a model.
 
     Raises:
-        ValueError: naming what is missing, unexpected, or of another shape; the model is then unchanged.
+        ValueError: as :func:`torch_state`; naming what is missing, unexpected, or of another shape. The model is then
+            unchanged.
     """
-    require_original(model)
+    model.options.original_arguments()  # refuses what the original cannot be
     wanted = {theirs: shape for theirs, _, shape in correspondence(model)}
     constant = {name: array.shape for name, array in constants(model).items()}
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in state]
@@ -56,13 +56,6 @@ def load_torch_state(model: LocalTransformer, state: Mapping[str, np.ndarray]) -
         parts = np.split(np.atleast_1d(state[theirs]), len(ours))
         for name, part in zip(ours, parts):
             parameters[name].set_data(ms.Tensor(part.reshape(parameters[name].shape), ms.float32))
-
-
-def require_original(model: LocalTransformer) -> None:
-    if model.dynamic_pos_bias is None and model.layers[0].attention.attention.rel_pos is None:
-        raise ValueError("the original has no model with use_rotary_pos_emb=False but without use_dynamic_pos_bias")
-    if model.ngram_emb is not None:
-        raise ValueError("the original has no embeddings of n-grams: max_ngram is above 1")
 
 
 def arrays(model: LocalTransformer) -> dict[str, np.ndarray]:
