@@ -1,13 +1,15 @@
 """Write the weights of a run for PyTorch: ``python scripts/export_torch.py run=RUN_DIR output=FILE``; see README.md."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from local_attention.options import Help
+from pydantic import StrictStr
+from pydantic.dataclasses import dataclass
+
+from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
 from local_attention.training.errors import UsageError
@@ -16,14 +18,14 @@ from scripts.torch_files import require_ending, write_state
 
 
 @keys_for("export_torch")
-@dataclass
+@dataclass(config=CHECKED)
 class ExportConfig:
     """Which weights go where."""
 
     run: Run = None
     checkpoint: Checkpoint = "best"
     output: Annotated[
-        str | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
+        StrictStr | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
     ] = None
 
 

@@ -4,48 +4,54 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from local_attention.options import Help
+from pydantic import StrictStr
+from pydantic.dataclasses import dataclass
+
+from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import ModelConfig, RunConfig, check_model
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict, keys_for, parse
+from local_attention.training.keys import as_dict, keys_for, keys_of, parse
 from scripts.torch_files import read_state, require_ending
 
 # What the weights tell of their model, all but the size of its windows.
-TOLD_BY_WEIGHTS = (
+FROM_WEIGHTS = (
     *("num_tokens", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult", "num_residual_streams"),
     *("use_abs_pos_emb", "use_dynamic_pos_bias", "qk_rmsnorm", "gate_values_per_head"),
 )
 
 
+KEYS = keys_of(ModelConfig)
+
+
 def unless_given(name, otherwise):
     """The field ``name`` of :class:`ModelConfig`, None by default."""
     declared = get_type_hints(ModelConfig, include_extras=True)[name]
-    return name, Annotated[declared | None, Help(none=otherwise)], None
+    return name, Annotated[declared | None, Help(f"{KEYS[name].help}; null: {otherwise}")], None
 
 
-ImportedModelConfig = make_dataclass(
-    "ImportedModelConfig",
-    [unless_given(name, "as the weights say") for name in TOLD_BY_WEIGHTS]
-    + [unless_given("local_attn_window_size", "must be given, as no weights tell it")],
-    bases=(ModelConfig,),
-    kw_only=True,
+UNKNOWN_AT_FIRST = [unless_given(name, "as the weights say") for name in FROM_WEIGHTS]
+UNKNOWN_AT_FIRST.append(unless_given("local_attn_window_size", "must be given, as no weights tell it"))
+ImportedModelConfig: Any = dataclass(config=CHECKED, kw_only=True)(
+    make_dataclass("ImportedModelConfig", UNKNOWN_AT_FIRST, bases=(ModelConfig,), kw_only=True)
 )
 
 
 @keys_for("import_torch")
-@dataclass
+@dataclass(config=CHECKED)
 class ImportConfig:
     """What becomes a run, and of which model the weights are."""
 
-    weights: Annotated[str | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")] = None
-    run_dir: Annotated[str | None, Help("where to write")] = None
+    weights: Annotated[
+        StrictStr | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")
+    ] = None
+    run_dir: Annotated[StrictStr | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
 
 

@@ -40,7 +40,7 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
         config_name: the task is called with what Hydra composes from ``configs/{config_name}.yaml``.
         schema: the dataclass of that config; ``--help`` explains its keys, and a mistyped one is compared with them.
     """
-    text = {key for key, option in keys_of(schema).items() if str in option.kinds}
+    text = {key for key, described in keys_of(schema).items() if described.kind == "string"}
 
     def decorate(task: Task) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
@@ -80,9 +80,9 @@ def help_of(config_name: str, schema: type, about: str) -> str:
         for group, default in entry.items() if isinstance(entry, dict) else ():
             names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
             rows.append((group, shown(default), f"configs/{group}: one of {', '.join(names)}"))
-    for key, option in keys_of(schema).items():
-        allowed = option.bounds or option.names
-        rows.append((key, shown(option.default), option.help("null") + f" ({allowed})" * bool(allowed)))
+    for name, about_key in keys_of(schema).items():
+        help = about_key.help.replace("None:", "null:") + f" ({about_key.allowed})" * bool(about_key.allowed)
+        rows.append((name, shown(about_key.default), help))
     width, column = 120, 38
     lines = textwrap.wrap(about.replace("``", ""), width)
     for key, default, text in rows:

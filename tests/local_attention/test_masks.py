@@ -4,9 +4,9 @@ import pytest
 from einops import rearrange
 from hypothesis import given
 from hypothesis import strategies as st
+from local_attention.windows import MASK_VALUE, additive_mask, block_size, look_around, visible
 from mindspore import nn
 
-from local_attention.windows import MASK_VALUE, additive_mask, block_size, look_around, visible
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, examples, tensor, value_and_gradients
 
