@@ -1,15 +1,17 @@
-"""The PyTorch package ``local-attention`` beside this project's package of the same import name."""
+"""Import the PyTorch package ``local-attention``, which has the same import name as this project's package."""
 
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType
+from typing import Any
 
-from local_attention.training.config import as_dict
+from local_attention.training.config import ModelConfig, as_dict
 from local_attention.training.errors import UsageError
 
 
-def import_original():
-    """The original's module ``local_attention.transformer``, which leaves ``import local_attention`` as it was.
+def import_original() -> ModuleType:
+    """Import the original's ``local_attention.transformer``. ``import local_attention`` still gives this project's.
 
     Needs the parity extra: ``pip install -e '.[parity]'``.
     """
@@ -28,11 +30,11 @@ def import_original():
         sys.modules.update(ours)
 
 
-def original_arguments(config):
-    """The keyword arguments with which the original's ``LocalTransformer`` is the model of a ``ModelConfig``.
+def original_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments with which the original's ``LocalTransformer`` is the same model.
 
     Raises:
-        UsageError: for what the original cannot be.
+        UsageError: the original does not have an option.
     """
     if config.scale is not None:
         raise UsageError(f"model.scale={config.scale}: the original has no model with another scale than the default")
@@ -48,6 +50,6 @@ def original_arguments(config):
         )
     if config.max_ngram > 1:
         raise UsageError(f"model.max_ngram={config.max_ngram}: the original has no embeddings of n-grams")
-    ours_alone = {"scale", "use_rotary_pos_emb", "max_ngram", "ngram_buckets", "ngram_dim"}
-    ours_alone |= {"use_abs_pos_emb"}  # without these positions, the original's are zeros
-    return {key: value for key, value in as_dict(config).items() if key not in ours_alone}
+    only_ours = {"scale", "use_rotary_pos_emb", "max_ngram", "ngram_buckets", "ngram_dim"}
+    only_ours |= {"use_abs_pos_emb"}  # in the original, the embeddings are zeros instead
+    return {key: value for key, value in as_dict(config).items() if key not in only_ours}
