@@ -77,8 +77,7 @@ def shown(value: Any) -> str:
 
 def group_of(option: Option) -> type | None:
     """The dataclass of a group of keys; None for a single key."""
-    (kind, *_) = option.kinds
-    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+    return type(option.default) if is_dataclass(option.default) else None
 
 
 def unknown_key(key: str, schema: type) -> str:
