@@ -53,4 +53,4 @@ def einops_steps(operation: str, pattern: str, axes: tuple[tuple[str, int], ...]
     The parser of static graphs refuses einops' public functions ("Unsupported statement 'Try'").
     """
     recipe = _prepare_transformation_recipe(pattern, operation, tuple(name for name, _ in axes), len(shape))
-    return _reconstruct_from_shape_uncached(recipe, list(shape), axes)
+    return _reconstruct_from_shape_uncached(recipe, list(shape), list(axes))

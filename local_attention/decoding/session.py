@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mindspore import Tensor, nn
 
+from local_attention.backends import can_compute
 from local_attention.backends.cached_cpu import CachedMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.interface import DecodableModel
@@ -169,7 +170,7 @@ class DecodingSession(Session):
         use_kernels: bool | None = None,
     ) -> None:
         super().__init__(model, batch)
-        can_use_kernels = all(CachedMHAOperator.is_available(layer.attention) for layer in model.layers)
+        can_use_kernels = all(can_compute(CachedMHAOperator, layer.attention) for layer in model.layers)
         if use_kernels and not can_use_kernels:
             raise ValueError(
                 "expected use_kernels=False: the operators need Linux, a C++ compiler when pip installs this package, "

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.backends import choose_backend
+from local_attention.backends import can_compute, choose_backend
 from local_attention.backends.cached import CachedMHA
 from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
 from local_attention.decoding.cache import KVCache
@@ -37,13 +37,14 @@ class DecodeStep(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.batch, self.count, self.slots_per_row = model, batch, count, cache.length + 1
-        backends = [CachedMHAOperator, CachedMHA] if use_kernels and count == 1 else [CachedMHA]
+        use_kernels = use_kernels and count == 1
+        backends = [CachedMHAOperator, CachedMHA] if use_kernels else [CachedMHA]
         remaining = iter(global_cells)
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values):
             attention = choose_backend(backends, layer.attention)(layer.attention, keys, values)
             feed_forward = layer.feed_forward
-            if isinstance(attention, CachedMHAOperator):
+            if use_kernels and can_compute(FeedForwardOperator, feed_forward):
                 feed_forward = FeedForwardOperator(feed_forward)
             global_attention = next(remaining) if layer.global_attention is not None else None
             layers.append(layer.with_branches(attention, feed_forward, global_attention))
