@@ -32,8 +32,15 @@ def main(composed: DictConfig) -> None:
 
     # The samples are generated as one batch. The first is printed while it grows, the others when they are complete.
     session, output = DecodingSession(model, config.num_samples), ByteOutput()
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    tokens = generate_tokens(session, list(prompt or b"\n"), config.length or None, **sampling)
+    tokens = generate_tokens(
+        session,
+        list(prompt or b"\n"),
+        config.length or None,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
     samples, begin = [bytearray() for _ in range(config.num_samples)], None
 
     def print_prompt(number: int) -> None:

@@ -35,6 +35,7 @@ def main(composed: DictConfig) -> None:
     use_device(config.device.target)
     model, meta = load_model(path)
     config = fill_from_checkpoint(config, meta)
+    assert config.seq_len and config.batch_size  # filled
     corpus = data.load(config.data)
     if "data" in meta and meta["data"]["fingerprint"] != corpus.fingerprint:
         trained_on = f"{meta['data']['name']}, fingerprint {meta['data']['fingerprint']}"

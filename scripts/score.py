@@ -34,6 +34,7 @@ def main(composed: DictConfig) -> None:
                 yield np.frombuffer(chunk, np.uint8)
                 bar.update(len(chunk))
 
+    assert config.file  # checked above
     with open(0 if config.file == "-" else config.file, "rb") as file:
         path = checkpoint_of(config.run, config.checkpoint)
         use_device(config.device.target)
