@@ -370,13 +370,13 @@ def from_numpy(case: Any) -> dict[str, np.ndarray]:
     out = case.by_reference(p)
     cotangent = case.cotangent(out.shape)
 
-    def gradient(call: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-        return reference.numerical_gradient(lambda x: (call(x) * cotangent).sum(), x)
+    def gradient(call: Callable[[str, np.ndarray], np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+        return reference.numerical_gradient(lambda x: (call(name, x) * cotangent).sum(), x)
 
     of_inputs = {
-        name: gradient(lambda x, name=name: case.by_reference(p, **{name: x}), inputs[name]) for name in inputs
+        name: gradient(lambda name, x: case.by_reference(p, **{name: x}), name, x) for name, x in inputs.items()
     }
-    of_parameters = {name: gradient(lambda x, name=name: case.by_reference(p | {name: x}), p[name]) for name in p}
+    of_parameters = {name: gradient(lambda name, x: case.by_reference(p | {name: x}), name, x) for name, x in p.items()}
     return {"out": out} | of_inputs | case.under_their_names(cell, of_parameters)
 
 

@@ -29,9 +29,9 @@ class ByteOutput:
     On a terminal, a multi-byte character is shown once it is complete.
     """
 
-    def __init__(self, stream: TextIO = sys.stdout) -> None:
-        self.stream = stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace") if stream.isatty() else None
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace") if self.stream.isatty() else None
 
     def write(self, data: bytes, final: bool = False) -> None:
         if self.decoder:

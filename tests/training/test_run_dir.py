@@ -199,8 +199,11 @@ def test_changes_that_make_another_run_are_refused_naming_key_and_both_values(ke
 
 
 @pytest.mark.parametrize("key", sorted(set(keys_of(RunConfig)) - FIXED))
-def test_anything_else_may_change(key):
+def test_anything_else_may_change_and_is_logged(key, caplog):
+    caplog.set_level("INFO", logger="train")
     check_same_run(changed(key)[0], CORPUS, saved(RunConfig()))
+    is_logged = f"changed since the checkpoint: {key} from " in caplog.text
+    assert is_logged == (key not in ("run_dir", "resume") and not key.startswith("data."))  # data has a fingerprint
 
 
 def test_an_unchanged_config_is_the_same_run():

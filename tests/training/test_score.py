@@ -24,7 +24,7 @@ def bits_per_byte(model, text):
     return -log_p[np.arange(len(text)), text].mean() / math.log(2)
 
 
-@pytest.mark.parametrize("length", [1, 2, 37, 300])
+@pytest.mark.parametrize("length", [1, 300, *(pytest.param(length, marks=pytest.mark.slow) for length in (2, 37))])
 def test_each_byte_is_predicted_from_all_before_it(model, length):
     score = score_stream(model, [TEXT[:length]])
     assert score.bytes_scored == length
