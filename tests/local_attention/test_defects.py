@@ -27,8 +27,8 @@ def text(*shape):
 
 
 def assert_cached_equals_full(model, length=33, batch=2):
-    x, decoder = text(batch, length), DecodingSession(model, batch)
-    cached = np.stack([decoder.feed(column) for column in x.T], 1)
+    x, session = text(batch, length), DecodingSession(model, batch)
+    cached = np.stack([session.feed(column) for column in x.T], 1)
     np.testing.assert_allclose(cached, run(model, x), atol=1e-4)
 
 
@@ -111,7 +111,7 @@ class RunningMean(nn.Cell):
 def test_defect_8_a_global_layer_sees_the_whole_text_while_generating():
     with_global_layer = model(seed=2, global_attn_layer=RunningMean())
     prime = text(1, 9)
-    with pytest.warns(UserWarning, match="no method decoding_cell: each token computes the whole text again"):
+    with pytest.warns(UserWarning, match="no method decoding_cell: each token computes the whole context again"):
         drawn = with_global_layer.generate(tensor(prime), 12, temperature=0).asnumpy()[0].tolist()
     whole = prime[0].tolist()
     for _ in range(12):
@@ -125,12 +125,12 @@ def test_defect_9_without_learned_positions_generation_goes_on_beyond_max_seq_le
 
 def test_defect_9_with_learned_positions_the_context_starts_again_from_its_newest_half():
     limited, x = model(max_seq_len=8), text(1, 18)
-    decoder, context = DecodingSession(limited), np.zeros((1, 0), int)
+    session, context = DecodingSession(limited), np.zeros((1, 0), int)
     for token in x.T:
         if context.shape[1] == 8:
             context = context[:, 4:]
         context = np.concatenate([context, token[:, None]], 1)
-        np.testing.assert_allclose(decoder.feed(token), run(limited, context)[:, -1], atol=1e-4)
+        np.testing.assert_allclose(session.feed(token), run(limited, context)[:, -1], atol=1e-4)
     np.testing.assert_allclose(UncachedSession(limited, 1).feed(x)[:, -1], run(limited, context)[:, -1], atol=1e-4)
 
 
@@ -147,11 +147,11 @@ def test_defect_10_the_dynamic_bias_works_with_any_windows_looked_at(causal, loo
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_defect_11_a_filter_that_would_keep_no_token_keeps_the_likeliest(temperature):
+def test_defect_11_a_filter_that_would_keep_no_token_keeps_the_most_likely(temperature):
     cell, prime = model(), tensor(text(2, 5))
-    likeliest = cell.generate(prime, 3, temperature=0, filter_thres=0.0).asnumpy()
+    most_likely = cell.generate(prime, 3, temperature=0, filter_thres=0.0).asnumpy()
     for filter_thres in (0.95, 1.0):
-        np.testing.assert_array_equal(cell.generate(prime, 3, temperature, filter_thres).asnumpy(), likeliest)
+        np.testing.assert_array_equal(cell.generate(prime, 3, temperature, filter_thres).asnumpy(), most_likely)
 
 
 def test_defect_12_with_return_loss_the_mask_is_trimmed_like_the_text(rng):

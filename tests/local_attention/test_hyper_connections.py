@@ -16,8 +16,8 @@ class Connected(nn.Cell):
         self.branch = nn.Dense(4, 4, has_bias=False)
 
     def construct(self, x):
-        taken, x, beta = self.connection.before(x)
-        return self.connection.after(self.branch(taken), x, beta)
+        branch_input, x, beta = self.connection.pre(x)
+        return self.connection.post(self.branch(branch_input), x, beta)
 
 
 def definition(p):
@@ -40,7 +40,7 @@ def test_output_and_gradient_are_those_of_the_definition(mode, streams, rng):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 5])
-def test_before_training_a_branch_takes_one_stream_and_gives_to_all(index, rng):
+def test_before_training_a_branch_reads_one_stream_and_writes_to_all(index, rng):
     cell = Connected(HyperConnection(4, 3, index))
     x, p = rng.standard_normal((5, 3, 4)), parameters(cell)
     wanted = x + x[:, index % 3, None] @ p["branch.weight"].T

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mindspore import nn
 
 from local_attention import LocalAttention
+from local_attention.blocks import block_layout
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, examples, run, tensor, value_and_gradients
 
@@ -74,7 +75,7 @@ def check_gradients(rule, window_size, inputs):
 def test_a_window_of_several_blocks_is_full_attention_with_a_mask(rule, n, rng):
     q, k, v = qkv(rng, 1, n, 4)
     attention = LocalAttention(256, **rule, autopad=True, dim=4)
-    assert attention.layout(256)[0] == (128 if rule["exact_windowsize"] else 256)
+    assert block_layout(256, rule["exact_windowsize"], 1, 0)[0] == (128 if rule["exact_windowsize"] else 256)
     wanted = reference.attention(q, k, v, rotary=True, window_size=256, **rule)
     np.testing.assert_allclose(run(attention, q, k, v), wanted, atol=1e-5)
 

@@ -23,9 +23,9 @@ def of_text(cell, x, mask=None):
 
 def only(cell, n):
     """Leave the embeddings of n-grams alone and make the others zero."""
-    table = cell.embedding_table.asnumpy().reshape((cell.before, cell.buckets, -1)) * 1.0
-    table[np.arange(cell.before) != n - 2] = 0
-    cell.embedding_table.set_data(tensor(table.reshape((cell.before * cell.buckets, -1))))
+    table = cell.embedding_table.asnumpy().reshape((cell.context, cell.buckets, -1)) * 1.0
+    table[np.arange(cell.context) != n - 2] = 0
+    cell.embedding_table.set_data(tensor(table.reshape((cell.context * cell.buckets, -1))))
     return cell
 
 
@@ -103,8 +103,8 @@ def test_each_size_reaches_the_parameters():
     ("options", "message"),
     [
         (dict(max_ngram=0), "max_ngram >= 1, got 0"),
-        (dict(ngram_buckets=1), "ngram_buckets from 2 to 262144, got 1"),
-        (dict(ngram_buckets=2**18 + 1), "ngram_buckets from 2 to 262144, got 262145"),
+        (dict(ngram_buckets=1), "ngram_buckets >= 2 and <= 262144, got 1"),
+        (dict(ngram_buckets=2**18 + 1), "ngram_buckets >= 2 and <= 262144, got 262145"),
         (dict(ngram_dim=0), "ngram_dim >= 1, got 0"),
         (dict(num_tokens=None), "num_tokens with max_ngram = 2"),
     ],

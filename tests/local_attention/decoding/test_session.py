@@ -25,20 +25,20 @@ def transformer(seed=0, **options):
     return model
 
 
-def texts(*shape, seed=0):
+def sequences(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 11, shape)
 
 
-def fed(decoder, x):
+def fed(session, x):
     """The logits after each token of ``x: (b, n)``, as ``(b, n, num_tokens)``."""
-    return np.stack([decoder.feed(column) for column in x.T], 1)
+    return np.stack([session.feed(column) for column in x.T], 1)
 
 
 def assert_cached_equals_full(model, x, batch, use_kernels=None):
-    decoder = DecodingSession(model, batch, use_kernels=use_kernels)
-    np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
+    session = DecodingSession(model, batch, use_kernels=use_kernels)
+    np.testing.assert_allclose(fed(session, x), run(model, x), atol=1e-4)
     if use_kernels is not None:
-        assert (decoder.steps[1].step.kernels is not None) == use_kernels
+        assert (session.graphs[1].step.kernels is not None) == use_kernels
 
 
 def test_the_kernels_are_there_wherever_they_can_be_built():
@@ -89,27 +89,27 @@ CONFIGURATIONS = {
 @with_and_without_kernels
 @pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_cached_logits_equal_the_full_pass_token_after_token(options, use_kernels):
-    assert_cached_equals_full(transformer(**options), texts(2, 14), 2, use_kernels=use_kernels)
+    assert_cached_equals_full(transformer(**options), sequences(2, 14), 2, use_kernels=use_kernels)
 
 
 @both_modes
 @with_and_without_kernels
 def test_cached_logits_equal_the_full_pass_in_both_modes(mode, use_kernels):
-    assert_cached_equals_full(transformer(), texts(2, 13), 2, use_kernels=use_kernels)
+    assert_cached_equals_full(transformer(), sequences(2, 13), 2, use_kernels=use_kernels)
 
 
 @needs_kernels
 @pytest.mark.parametrize(("batch", "dim", "heads", "dim_head"), [(8, 37, 2, 17), (19, 70, 5, 8), (1, 96, 1, 64)])
 def test_the_kernels_compute_what_the_operators_do_for_sizes_that_fill_no_vectors(batch, dim, heads, dim_head):
     sizes = dict(dim=dim, heads=heads, dim_head=dim_head, local_attn_window_size=21, ff_mult=3)
-    model, x = transformer(use_rotary_pos_emb=False, **sizes), texts(batch, 30)
+    model, x = transformer(use_rotary_pos_emb=False, **sizes), sequences(batch, 30)
     with_kernels, without = (fed(DecodingSession(model, batch, use_kernels=use), x) for use in (True, False))
     np.testing.assert_allclose(with_kernels, without, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 def test_the_kernels_give_the_same_bits_again_and_again():
-    model, x = transformer(dim=96, heads=4, dim_head=64), texts(3, 20)
+    model, x = transformer(dim=96, heads=4, dim_head=64), sequences(3, 20)
     first = fed(DecodingSession(model, 3), x)
     for _ in range(5):
         np.testing.assert_array_equal(fed(DecodingSession(model, 3), x), first)
@@ -148,7 +148,7 @@ def test_the_kernels_are_refused_where_they_cannot_be_used():
         )
     ),
     batch=st.integers(1, 9),
-    chunk=st.integers(1, 7),
+    prefill_chunk=st.integers(1, 7),
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     use_kernels=st.sampled_from([None, False]),
 )
@@ -156,48 +156,48 @@ def test_the_kernels_are_refused_where_they_cannot_be_used():
 def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, pieces, use_kernels):
     model = transformer(**options)
     length = max(4 * options["local_attn_window_size"] + 2, sum(pieces))
-    x = texts(batch, min(length, 32))
-    decoder = DecodingSession(model, batch, chunk=chunk, chunk_from=2, use_kernels=use_kernels)
+    x = sequences(batch, min(length, 32))
+    session = DecodingSession(model, batch, prefill_chunk=chunk, prefill_threshold=2, use_kernels=use_kernels)
     logits, rest = [], x
     for piece in [*pieces, length]:  # in pieces, one by one where a piece is a single token
         if rest.shape[1]:
-            logits.append(decoder.feed(rest[:, :piece]))
+            logits.append(session.feed(rest[:, :piece]))
             rest = rest[:, piece:]
     np.testing.assert_allclose(np.concatenate(logits, 1), run(model, x), atol=1e-4)
 
 
 @both_modes
 def test_chunks_equal_the_full_pass_in_both_modes(mode):
-    model, x = transformer(), texts(2, 13)
-    decoder = DecodingSession(model, 2, chunk=4, chunk_from=3)
-    logits = np.concatenate([decoder.feed(part) for part in (x[:, :6], x[:, 6:7], x[:, 7:])], 1)
+    model, x = transformer(), sequences(2, 13)
+    session = DecodingSession(model, 2, prefill_chunk=4, prefill_threshold=3)
+    logits = np.concatenate([session.feed(part) for part in (x[:, :6], x[:, 6:7], x[:, 7:])], 1)
     np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
-    assert set(decoder.steps) == {1, 4}
+    assert set(session.graphs) == {1, 4}
 
 
 def test_a_chunk_is_never_longer_than_the_decay_of_xpos_allows():
     model = transformer(use_xpos=True, use_abs_pos_emb=False, local_attn_window_size=2)  # with a base of 1
-    decoder, x = DecodingSession(model), texts(1, 300)
-    np.testing.assert_allclose(decoder.feed(x), run(model, x), atol=1e-4)
-    assert len(decoder.steps) == 1 and decoder.chunk == 55
+    session, x = DecodingSession(model), sequences(1, 300)
+    np.testing.assert_allclose(session.feed(x), run(model, x), atol=1e-4)
+    assert len(session.graphs) == 1 and session.prefill_chunk == 55
 
 
 def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
-    decoder = DecodingSession(transformer(), chunk=4, chunk_from=6)
-    decoder.feed(texts(1, 5))
-    assert set(decoder.steps) == {1}
-    decoder.feed(texts(1, 6))
-    assert set(decoder.steps) == {1, 4}
-    assert decoder.position == 11
+    session = DecodingSession(transformer(), prefill_chunk=4, prefill_threshold=6)
+    session.feed(sequences(1, 5))
+    assert set(session.graphs) == {1}
+    session.feed(sequences(1, 6))
+    assert set(session.graphs) == {1, 4}
+    assert session.position == 11
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=3))
 @examples(6)
 def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(limit, pieces):
     model = transformer(max_seq_len=limit, **NGRAMS)
-    cached, full = DecodingSession(model, chunk=3, chunk_from=2), UncachedSession(model, 1)
+    cached, full = DecodingSession(model, prefill_chunk=3, prefill_threshold=2), UncachedSession(model, 1)
     for piece in pieces:
-        x = texts(1, piece, seed=piece)
+        x = sequences(1, piece, seed=piece)
         np.testing.assert_allclose(cached.feed(x), full.feed(x), atol=1e-4)
         assert cached.position == full.position <= limit
 
@@ -208,13 +208,13 @@ def test_of_a_prompt_beyond_max_seq_len_only_what_counts_is_computed(limit, prom
     contexts = [StandIn(long_model(limit), 1) for _ in range(2)]
     for context in contexts:
         if fed_before:
-            context.feed(texts(1, fed_before, seed=1))
+            context.feed(sequences(1, fed_before, seed=1))
         context.fed = 0
-    text, uniforms = texts(1, prompt), np.zeros((1, 1))
-    contexts[0].draw(text, uniforms, None)
+    text, uniforms = sequences(1, prompt), np.zeros((1, 1))
+    contexts[0].sample(text, uniforms, None)
     if prompt > 1:
         contexts[1].feed(text[:, :-1])
-    contexts[1].draw(text[:, -1:], uniforms, None)
+    contexts[1].sample(text[:, -1:], uniforms, None)
     one, other = contexts
     assert one.context == other.context and one.length == other.length and one.position == other.position
     assert one.fed <= min(other.fed, 2 * limit)
@@ -235,7 +235,7 @@ class StandIn(UncachedSession):
         self.fed += tokens.shape[1]
         return np.zeros((*tokens.shape, 11), np.float32)
 
-    def draw_some(self, tokens, uniforms, rule):
+    def sample_some(self, tokens, uniforms, rule):
         self.advance(tokens[:, None])
         self.context = self.text.tolist()
         return tokens[:, None]
@@ -243,9 +243,9 @@ class StandIn(UncachedSession):
 
 def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
     model = transformer(attn_dropout=0.5, ff_dropout=0.5)
-    wanted = run(model.set_train(False), texts(1, 6))
+    wanted = run(model.set_train(False), sequences(1, 6))
     model.set_train()
-    np.testing.assert_allclose(fed(DecodingSession(model), texts(1, 6)), wanted, atol=1e-4)
+    np.testing.assert_allclose(fed(DecodingSession(model), sequences(1, 6)), wanted, atol=1e-4)
     assert model.training and model.layers[0].training
 
 
@@ -270,21 +270,21 @@ def test_the_size_of_the_cache_depends_on_the_window_alone():
     ]:
         model = transformer(max_seq_len=1000, **options)
         assert cache_length(model.layers[0].attention.attention) == size
-        decoder = DecodingSession(model, 3, chunk=5)
-        decoder.feed(texts(3, 20))
-        assert [p.shape for ring in decoder.rings for p in ring] == [
+        session = DecodingSession(model, 3, prefill_chunk=5)
+        session.feed(sequences(3, 20))
+        assert [p.shape for ring in session.rings for p in ring] == [
             (3 * 2 * (size + 1), 4)
         ] * 2  # with the slot that nobody sees
 
 
 def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
     options = dict(use_abs_pos_emb=False, local_attn_window_size=5, look_backward=1, dim_head=8)
-    x = texts(2, 17)
+    x = sequences(2, 17)
     for more in ({}, dict(use_xpos=True), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True)):
         model = transformer(**options, **more)
-        decoder = DecodingSession(model, 2, chunk=6, chunk_from=2, burst=3)
-        decoder.position = 10**6  # nothing held lies in sight, so the text may as well begin here
-        logits = np.concatenate([decoder.feed(x[:, :1]), decoder.feed(x[:, 1:13]), decoder.feed(x[:, 13:])], 1)
+        session = DecodingSession(model, 2, prefill_chunk=6, prefill_threshold=2, steps_per_call=3)
+        session.position = 10**6  # nothing held lies in sight, so the text may as well begin here
+        logits = np.concatenate([session.feed(x[:, :1]), session.feed(x[:, 1:13]), session.feed(x[:, 13:])], 1)
         near = DecodingSession(model, 2).feed(x)
         # what lies before it: slots that hold nothing but zeros, seen with a score of 0
         alone = 2 * options["local_attn_window_size"]
@@ -295,30 +295,30 @@ def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
 def test_a_greedy_text_of_a_thousand_bytes_is_what_the_full_pass_says(mode):
     model = transformer(num_tokens=256, max_seq_len=1004, dim=16, depth=2, dim_head=8, local_attn_window_size=8)
     text = model.generate(tensor([[1, 2, 3]]), 1000, temperature=0).asnumpy()[0].tolist()
-    likeliest = run(model, [[1, 2, 3, *text]])[0, 2:-1].argmax(-1)
-    assert text == likeliest.tolist()
+    most_likely = run(model, [[1, 2, 3, *text]])[0, 2:-1].argmax(-1)
+    assert text == most_likely.tolist()
     assert len(set(text)) > 2
 
 
 def test_without_learned_positions_text_goes_on_far_beyond_max_seq_len():
     model = transformer(max_seq_len=4, use_abs_pos_emb=False)
-    assert_cached_equals_full(model, texts(1, 80), 1)
+    assert_cached_equals_full(model, sequences(1, 80), 1)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7, 8])
 def test_beyond_max_seq_len_the_context_starts_again_from_its_newest_half(limit):
     model = transformer(max_seq_len=limit, local_attn_window_size=2, look_backward=2)
-    decoder = DecodingSession(model, 2)
+    session = DecodingSession(model, 2)
     context = np.zeros((2, 0), int)
-    for token in texts(2, 3 * limit).T:
+    for token in sequences(2, 3 * limit).T:
         if context.shape[1] == limit:
             context = context[:, limit - limit // 2 :]
         context = np.concatenate([context, token[:, None]], 1)
-        np.testing.assert_allclose(decoder.feed(token), run(model, context)[:, -1], atol=1e-4)
+        np.testing.assert_allclose(session.feed(token), run(model, context)[:, -1], atol=1e-4)
 
 
 def test_the_rows_of_a_batch_do_not_see_each_other():
-    model, x = transformer(), texts(3, 9)
+    model, x = transformer(), sequences(3, 9)
     together = fed(DecodingSession(model, 3), x)
     for row in range(3):
         np.testing.assert_allclose(together[row], fed(DecodingSession(model), x[row : row + 1])[0], atol=1e-5)
@@ -329,25 +329,25 @@ def test_the_rows_of_a_batch_do_not_see_each_other():
 
 
 def test_two_decoders_of_one_model_do_not_disturb_each_other():
-    model, x = transformer(), texts(2, 10)
-    decoders = DecodingSession(model), DecodingSession(model)
+    model, x = transformer(), sequences(2, 10)
+    sessions = DecodingSession(model), DecodingSession(model)
     for i in range(10):
-        for decoder, row in zip(decoders, x, strict=True):
-            logits = decoder.feed(row[i : i + 1])
+        for session, row in zip(sessions, x, strict=True):
+            logits = session.feed(row[i : i + 1])
             np.testing.assert_allclose(logits[0], run(model, row[None, : i + 1])[0, -1], atol=1e-4)
 
 
 def test_after_a_reset_nothing_of_the_former_context_is_left():
     model = transformer(**NGRAMS)
-    decoder = DecodingSession(model)
-    fed(decoder, texts(1, 7))
-    decoder.reset()
-    x = texts(1, 9, seed=1)
-    np.testing.assert_array_equal(fed(decoder, x), fed(DecodingSession(model), x))
+    session = DecodingSession(model)
+    fed(session, sequences(1, 7))
+    session.reset()
+    x = sequences(1, 9, seed=1)
+    np.testing.assert_array_equal(fed(session, x), fed(DecodingSession(model), x))
 
 
 def test_the_model_is_not_changed_by_decoding():
-    model, x = transformer(), texts(1, 8)
+    model, x = transformer(), sequences(1, 8)
     before, names = run(model, x), [p.name for p in model.trainable_params()]
     fed(DecodingSession(model), x)
     np.testing.assert_array_equal(run(model, x), before)
@@ -356,12 +356,12 @@ def test_the_model_is_not_changed_by_decoding():
 
 @both_modes
 def test_a_decoder_follows_the_weights_of_its_model(mode):
-    model, x = transformer(), texts(1, 5)
-    decoder = DecodingSession(model)
-    fed(decoder, x)
+    model, x = transformer(), sequences(1, 5)
+    session = DecodingSession(model)
+    fed(session, x)
     randomise(model, seed=1)
-    decoder.reset()
-    np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
+    session.reset()
+    np.testing.assert_allclose(fed(session, x), run(model, x), atol=1e-4)
 
 
 # Global layers
@@ -404,10 +404,10 @@ class MeanStep(nn.Cell):
 )
 def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, options):
     model = transformer(depth=2, global_attn_layer=Mean(6), **options)
-    decoder, x = DecodingSession(model, 2, chunk=4, chunk_from=2), texts(2, 11)
-    decoder.feed(texts(2, 5, seed=3))
-    decoder.reset()
-    logits = np.concatenate([decoder.feed(x[:, :6]), decoder.feed(x[:, 6:])], 1)
+    session, x = DecodingSession(model, 2, prefill_chunk=4, prefill_threshold=2), sequences(2, 11)
+    session.feed(sequences(2, 5, seed=3))
+    session.reset()
+    logits = np.concatenate([session.feed(x[:, :6]), session.feed(x[:, 6:])], 1)
     np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
 
 
@@ -420,8 +420,8 @@ def test_a_global_layer_without_one_is_refused_by_the_decoder():
 
 
 @cache
-def decoder_of(batch):
-    """One decoder a batch size, all of one model."""
+def shared_session(batch):
+    """One session a batch size, all of one model."""
     return DecodingSession(shared_model(), batch)
 
 
@@ -432,7 +432,7 @@ def shared_model():
 
 def generated(batch=1, prompt=(1, 2), length=10, **options):
     """``(batch, length)`` tokens."""
-    drawn = list(generate_tokens(decoder_of(batch), prompt, length, **options))
+    drawn = list(generate_tokens(shared_session(batch), prompt, length, **options))
     assert all(tokens.shape == (batch,) and tokens.dtype == np.int32 for tokens in drawn)
     return np.stack(drawn, 1)
 
@@ -458,7 +458,7 @@ def test_each_row_is_the_same_whatever_the_batch():
 
 def test_a_text_begins_anew_whatever_was_fed_before():
     first = generated(seed=1)
-    decoder_of(1).feed([9])
+    shared_session(1).feed([9])
     assert (generated(seed=1) == first).all()
 
 
@@ -484,22 +484,22 @@ def test_the_prompt_matters_and_may_be_a_single_token():
 
 def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
     model = transformer()
-    decoder, fed_when_drawn = DecodingSession(model, burst=4), []
-    tokens = generate_tokens(decoder, [1, 2], None, seed=3)
+    session, fed_when_drawn = DecodingSession(model, steps_per_call=4), []
+    tokens = generate_tokens(session, [1, 2], None, seed=3)
     first = []
     for token in islice(tokens, 13):
         first.append(int(token[0]))
-        fed_when_drawn.append(decoder.position)
+        fed_when_drawn.append(session.position)
     # the prompt; then the newest token with all but the last of its burst: 1, 2, 4, 8 (in two calls) tokens
     assert fed_when_drawn == [2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16]
-    assert first == [int(t) for (t,) in generate_tokens(decoder, [1, 2], 13, seed=3)]
+    assert first == [int(t) for (t,) in generate_tokens(session, [1, 2], 13, seed=3)]
 
 
 @pytest.mark.parametrize("options", [NGRAMS, dict(max_seq_len=7, **NGRAMS), dict(use_abs_pos_emb=False)])
 def test_bursts_draw_what_one_token_at_a_time_would(options):
     model, all_drawn = transformer(seed=1, **options), []
-    for context in (DecodingSession(model, 2, burst=1), DecodingSession(model, 2, burst=5), UncachedSession(model, 2)):
-        drawn = np.stack(list(generate_tokens(context, texts(2, 3), 30, seed=3, top_p=0.9)), 1)
+    for context in (DecodingSession(model, 2, steps_per_call=1), DecodingSession(model, 2, steps_per_call=5), UncachedSession(model, 2)):
+        drawn = np.stack(list(generate_tokens(context, sequences(2, 3), 30, seed=3, top_p=0.9)), 1)
         all_drawn.append(drawn)
         assert context.length == 32  # all but the last one drawn
     np.testing.assert_array_equal(all_drawn[1], all_drawn[0])
@@ -507,11 +507,11 @@ def test_bursts_draw_what_one_token_at_a_time_would(options):
 
 
 def test_a_new_rule_of_sampling_holds_for_a_compiled_decoder():
-    decoder = DecodingSession(shared_model())
+    session = DecodingSession(shared_model())
     for options in (dict(temperature=0), dict(temperature=5), dict(top_k=2), dict(top_p=0.3), dict(temperature=0)):
         drawn, again = (
             [int(t) for (t,) in generate_tokens(d, [1, 2], 20, seed=1, **options)]
-            for d in (decoder, UncachedSession(shared_model(), 1))
+            for d in (session, UncachedSession(shared_model(), 1))
         )
         assert drawn == again
 
@@ -532,7 +532,7 @@ def test_an_empty_prompt_is_refused():
     "options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))]
 )
 def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
-    model, x = transformer(**options), texts(2, 12)
+    model, x = transformer(**options), sequences(2, 12)
     wanted = run(model, x)
     logits, cache = model(tensor(x[:, :5]), return_cache=True)
     np.testing.assert_allclose(logits.asnumpy(), wanted[:, :5], atol=1e-4)
@@ -546,18 +546,18 @@ def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
 @both_modes
 @with_and_without_kernels
 def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels):
-    model, x = transformer(), texts(2, 8)
-    model.decoder = DecodingSession(model, 2, use_kernels=use_kernels)
+    model, x = transformer(), sequences(2, 8)
+    model.session = DecodingSession(model, 2, use_kernels=use_kernels)
     _, cache = model(tensor(x[:, :6]), return_cache=True)
     for seed in (1, 2, 3):
-        other = np.concatenate([x[:, :6], texts(2, 2, seed=seed)], 1)
+        other = np.concatenate([x[:, :6], sequences(2, 2, seed=seed)], 1)
         np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
 
 
 def test_a_cache_outlives_the_length_of_learned_positions():
-    model, x, decoder = transformer(max_seq_len=8), texts(1, 20), DecodingSession(transformer(max_seq_len=8))
+    model, x, session = transformer(max_seq_len=8), sequences(1, 20), DecodingSession(transformer(max_seq_len=8))
     _, cache = model(tensor(x[:, :7]), return_cache=True)
-    wanted = fed(decoder, x)
+    wanted = fed(session, x)
     for n in range(8, 21):
         logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
         np.testing.assert_allclose(logits.asnumpy()[:, 0], wanted[:, n - 1], atol=1e-5)
@@ -574,16 +574,16 @@ def test_a_cache_outlives_the_length_of_learned_positions():
 )
 def test_what_does_not_fit_a_cache_is_refused(shape, options, message):
     model = transformer()
-    _, cache = model(tensor(texts(2, 5)), return_cache=True)
+    _, cache = model(tensor(sequences(2, 5)), return_cache=True)
     with pytest.raises(ValueError, match=message):
-        model(tensor(texts(*shape)), cache=cache, **options)
+        model(tensor(sequences(*shape)), cache=cache, **options)
 
 
 # LocalTransformer.generate
 
 
 def prime(*shape, seed=0):
-    return tensor(texts(*shape, seed=seed))
+    return tensor(sequences(*shape, seed=seed))
 
 
 @pytest.mark.parametrize("use_kv_cache", [True, False])
@@ -592,7 +592,7 @@ def test_generate_continues_each_row_of_the_prime(use_kv_cache):
     text = model.generate(prime(2, 4), 6, temperature=0, use_kv_cache=use_kv_cache)
     assert text.shape == (2, 6) and text.dtype == ms.int32
     for row in range(2):
-        alone = texts(2, 4)[row].tolist()
+        alone = sequences(2, 4)[row].tolist()
         for _ in range(6):
             alone.append(int(run(model, [alone])[0, -1].argmax()))
         assert text.asnumpy()[row].tolist() == alone[4:]
@@ -615,19 +615,19 @@ def test_generate_without_a_seed_follows_that_of_mindspore():
 
 def tokens_drawn(model, **options):
     """The set of tokens that come first in 200 texts."""
-    return set(model.generate(tensor(np.tile(texts(1, 3), (200, 1))), 1, seed=1, **options).asnumpy()[:, 0].tolist())
+    return set(model.generate(tensor(np.tile(sequences(1, 3), (200, 1))), 1, seed=1, **options).asnumpy()[:, 0].tolist())
 
 
-def test_filter_thres_leaves_the_likeliest_share_of_the_tokens():
+def test_filter_thres_leaves_the_most_likely_share_of_the_tokens():
     model = transformer(seed=1)
-    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
+    order = (-run(model, sequences(1, 3))[0, -1]).argsort().tolist()
     for filter_thres, left in [(0.9, 1), (0.7, 3), (0.5, 5), (0, 11)]:
         assert tokens_drawn(model, filter_thres=filter_thres, temperature=5) == set(order[:left])
 
 
 def test_generate_has_top_k_and_top_p_instead():
     model = transformer(seed=1)
-    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
+    order = (-run(model, sequences(1, 3))[0, -1]).argsort().tolist()
     assert tokens_drawn(model, top_k=4, temperature=5) == set(order[:4])
     assert tokens_drawn(model, top_p=1e-6) == set(order[:1])
     assert len(tokens_drawn(model, top_p=1.0, temperature=5)) == 11
