@@ -3,15 +3,29 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from mindspore import nn, ops
 
 both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
+in_a_graph = pytest.mark.parametrize("mode", ["graph"], indirect=True)
 
 
 def examples(count):
     """Hypothesis settings for tests in which an example costs milliseconds to seconds."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def for_all(few, many, *strategies, **named):
+    """Decorate a property, to be tested with ``few`` examples of hypothesis, and with ``many`` in the slow set."""
+
+    def decorate(holds):
+        def test(count):
+            given(*strategies, **named)(examples(count)(holds))()
+
+        test.__name__, test.__doc__, test.__module__ = holds.__name__, holds.__doc__, holds.__module__
+        return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])(test)
+
+    return decorate
 
 
 def tensor(x):

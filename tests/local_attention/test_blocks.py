@@ -28,7 +28,9 @@ def test_blocks_are_the_smallest_divisor_of_an_exact_window_from_128_on(window_s
 def test_a_sequence_is_split_into_blocks_and_filled_up_with_zeros(length, rng):
     x = rng.standard_normal((2, length, 3)).astype(np.float32)
     padded = np.pad(x, ((0, 0), (0, -length % 4), (0, 0)))
-    np.testing.assert_array_equal(split_into_blocks(tensor(x), 4).asnumpy(), rearrange(padded, "g (w b) d -> g w b d", b=4))
+    np.testing.assert_array_equal(
+        split_into_blocks(tensor(x), 4).asnumpy(), rearrange(padded, "g (w b) d -> g w b d", b=4)
+    )
 
 
 def surroundings(x, back, ahead):

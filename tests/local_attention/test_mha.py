@@ -4,7 +4,7 @@ import pytest
 
 from local_attention import LocalMHA
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, parameters, randomise, run, tensor, value_and_gradients
+from tests.local_attention.cells import parameters, randomise, run, tensor, value_and_gradients
 
 
 def mha(**options):

@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import nn, ops
 
-from local_attention.rotary import SinusoidalEmbeddings, apply_rotary, apply_rotary_pos_emb, rotary_angles, rotary_table, xpos_decay
+from local_attention.rotary import (
+    SinusoidalEmbeddings,
+    apply_rotary,
+    apply_rotary_pos_emb,
+    rotary_angles,
+    rotary_table,
+    xpos_decay,
+)
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, examples, run, tensor, value_and_gradients
 
