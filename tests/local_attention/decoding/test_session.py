@@ -1,3 +1,4 @@
+from dataclasses import fields
 from functools import cache
 
 import mindspore as ms
@@ -9,6 +10,7 @@ from mindspore import nn
 from local_attention import LocalTransformer
 from local_attention.decoding import DecodingSession, UncachedSession, session_for
 from local_attention.decoding.session import decoding_session_of
+from local_attention.options import LocalTransformerOptions
 from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run, tensor
 from tests.local_attention.models import (
     NGRAMS,
@@ -39,6 +41,7 @@ CONFIGURATIONS = {
     "windows of one": dict(local_attn_window_size=1),
     "one window": dict(local_attn_window_size=32),
     "xPos": dict(use_xpos=True),
+    "xPos with a base of its own": dict(use_xpos=True, xpos_scale_base=4.0),
     "xPos alone in whole windows": dict(use_xpos=True, use_abs_pos_emb=False, exact_windowsize=False, look_backward=2),
     "dynamic bias": dict(use_dynamic_pos_bias=True),
     "dynamic bias alone, two windows back": dict(use_dynamic_pos_bias=True, use_abs_pos_emb=False, look_backward=2),
@@ -61,6 +64,16 @@ def assert_cached_equals_full(model, x, lengths, **options):
     session = DecodingSession(model, len(x), **options)
     np.testing.assert_allclose(feed_in_pieces(session, x, lengths), run(model, x), atol=1e-4)
     return session
+
+
+# Options of a model that decoding refuses, or that it knows nothing of; and those with tests of their own below.
+NO_CONFIGURATION = {"causal", "look_forward", "ignore_index"}
+NO_CONFIGURATION |= {"attn_dropout", "ff_dropout", "global_attn_layer", "layers_insert_global_attn"}
+
+
+def test_every_option_of_a_model_is_in_some_configuration():
+    configured = SIZES.keys() | set().union(*CONFIGURATIONS.values())
+    assert {field.name for field in fields(LocalTransformerOptions)} - NO_CONFIGURATION == configured
 
 
 @with_and_without_kernels
