@@ -215,7 +215,7 @@ def test_a_new_option_without_an_example_fails_the_law_with_a_message(monkeypatc
     monkeypatch.setitem(BASE, WithSinks, BASE[LocalMHAOptions])
     monkeypatch.setitem(EXAMPLES, WithSinks, EXAMPLES[LocalMHAOptions])
     monkeypatch.setitem(BACKENDS, "cached, decoding", (CachedMHA, WithSinks, partial(decode, CachedMHA)))
-    with pytest.raises(pytest.fail.Exception, match="WithSinks has a new option, sinks. Add it to `computes`"):
+    with pytest.raises(pytest.fail.Exception, match=r"WithSinks has a new option, sinks\. Add it to `computes`"):
         test_a_backend_computes_every_option_that_it_declares("cached, decoding", "sinks", rng)
 
 
