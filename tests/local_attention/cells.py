@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given, settings
 from mindspore import nn, ops
 
+from tests.local_attention import reference
+
 both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
 in_a_graph = pytest.mark.parametrize("mode", ["graph"], indirect=True)
+slowly_in_a_graph = pytest.mark.parametrize(
+    "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
+)
+# For assert_gradients: along random directions; in the slow set each entry by itself.
+directions_or_entries = pytest.mark.parametrize(
+    "every_entry", [pytest.param(False, id="directions"), pytest.param(True, marks=pytest.mark.slow, id="entries")]
+)
 
 
 def examples(count):
@@ -55,6 +64,33 @@ def value_and_gradients(net, inputs, cotangent):
     """The output of ``net`` and the gradients of ``sum(output * cotangent)`` for its inputs, as arrays."""
     value, gradients = ValueAndGradients(net)(tensor(cotangent), *map(tensor, inputs))
     return value.asnumpy(), [gradient.asnumpy() for gradient in gradients]
+
+
+def assert_gradients(function, inputs, cotangent, gradients, every_entry=False, err_msg=""):
+    """``gradients`` are those of ``sum(function(*inputs) * cotangent)``, within 1e-4.
+
+    Unless ``every_entry``, only the derivatives along some random directions are compared. They are made of ones and
+    minus ones, so that a wrong entry changes them by all of its error.
+    """
+    rng = np.random.default_rng(0)
+    for i, gradient in enumerate(gradients):
+        x = np.asarray(inputs[i], np.float64)
+        assert gradient.shape == x.shape, err_msg
+
+        def along(step, direction, i=i, x=x):
+            return (function(*inputs[:i], x + step[0] * direction, *inputs[i + 1 :]) * cotangent).sum()
+
+        if every_entry:
+            (wanted,) = reference.numerical_gradients(
+                lambda x, i=i: function(*inputs[:i], x, *inputs[i + 1 :]), [x], cotangent
+            )
+            np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=f"{err_msg} input {i}")
+            continue
+        for _ in range(3):
+            direction = rng.choice([-1.0, 1.0], x.shape)
+            wanted = reference.numerical_gradient(lambda step, d=direction, f=along: f(step, d), [0.0])[0]
+            found = (gradient.astype(np.float64) * direction).sum()
+            np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=f"{err_msg} input {i}")
 
 
 class ValueAndParameterGradients(nn.Cell):
