@@ -66,8 +66,8 @@ def value_and_gradients(net, inputs, cotangent):
     return value.asnumpy(), [gradient.asnumpy() for gradient in gradients]
 
 
-def assert_gradients(function, inputs, cotangent, gradients, every_entry=False, err_msg=""):
-    """``gradients`` are those of ``sum(function(*inputs) * cotangent)``, within 1e-4.
+def assert_gradients(function, inputs, cotangent, gradients, every_entry=False, err_msg="", rtol=1e-7, atol=1e-4):
+    """``gradients`` are those of ``sum(function(*inputs) * cotangent)``.
 
     Unless ``every_entry``, only the derivatives along some random directions are compared. They are made of ones and
     minus ones, so that a wrong entry changes them by all of its error.
@@ -78,19 +78,20 @@ def assert_gradients(function, inputs, cotangent, gradients, every_entry=False, 
         assert gradient.shape == x.shape, err_msg
 
         def along(step, direction, i=i, x=x):
-            return (function(*inputs[:i], x + step[0] * direction, *inputs[i + 1 :]) * cotangent).sum()
+            moved = np.asarray(x + step[0] * direction)
+            return (function(*inputs[:i], moved, *inputs[i + 1 :]) * cotangent).sum()
 
         if every_entry:
             (wanted,) = reference.numerical_gradients(
                 lambda x, i=i: function(*inputs[:i], x, *inputs[i + 1 :]), [x], cotangent
             )
-            np.testing.assert_allclose(gradient, wanted, atol=1e-4, err_msg=f"{err_msg} input {i}")
+            np.testing.assert_allclose(gradient, wanted, rtol, atol, err_msg=f"{err_msg} input {i}")
             continue
         for _ in range(3):
             direction = rng.choice([-1.0, 1.0], x.shape)
             wanted = reference.numerical_gradient(lambda step, d=direction, f=along: f(step, d), [0.0])[0]
             found = (gradient.astype(np.float64) * direction).sum()
-            np.testing.assert_allclose(found, wanted, atol=1e-4, err_msg=f"{err_msg} input {i}")
+            np.testing.assert_allclose(found, wanted, rtol, atol, err_msg=f"{err_msg} input {i}")
 
 
 class ValueAndParameterGradients(nn.Cell):

@@ -1,7 +1,6 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from local_attention.masks import (
@@ -15,7 +14,7 @@ from local_attention.masks import (
     window_mask,
 )
 from tests.local_attention import reference
-from tests.local_attention.cells import examples, tensor
+from tests.local_attention.cells import for_all, tensor
 
 PICTURES = {  # rows are queries, columns keys, of a sequence of 6 in windows of 2
     "causal": (
@@ -114,15 +113,13 @@ rules = st.booleans().flatmap(
 )
 
 
-@given(rules, st.integers(1, 20))
-@examples(100)
+@for_all(50, 300, rules, st.integers(1, 20))
 def test_visible_agrees_with_the_reference(rule, length):
     seen = visible(np.arange(length)[:, None], np.arange(length), length=length, **rule)
     assert (seen == reference.visibility(length, **rule)).all()
 
 
-@given(rules, st.integers(1, 15), st.integers(1, 3))
-@examples(50)
+@for_all(15, 100, rules, st.integers(1, 15), st.integers(1, 3))
 def test_the_window_mask_holds_the_visible_keys_of_every_block(rule, length, groups):
     window = rule["window_size"]
     back, ahead = rule["look_backward"], rule["look_forward"]
