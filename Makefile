@@ -1,40 +1,47 @@
-# make train and make test need nothing but Python 3.10, 3.11 or 3.12 with pip and venv; they set up .venv by themselves.
+# Every target but clean and help sets up .venv by itself; all that it needs is Python 3.10, 3.11 or 3.12 with pip and venv.
 SUPPORTED = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
+OPERATORS = $(shell find local_attention -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
+PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help train test lint tensorboard clean
+.PHONY: help train test test-all lint docs tensorboard clean
 
-help:
-	@echo "make train        train the quick start and print a sample (some minutes; ARGS='train.max_minutes=1' for overrides)"
-	@echo "make test         run every test (ARGS='-k rotary' for some)"
-	@echo "make lint         check the style"
-	@echo "make tensorboard  look at the curves of runs/"
-	@echo "make clean        delete .venv and caches; runs and data stay"
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-train: .venv/installed
+train: .venv/installed ## train the quick start and print a sample, in minutes (ARGS='train.max_minutes=1' for overrides)
 	.venv/bin/python train.py experiment=quickstart $(ARGS)
 
-test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: .venv/installed ## run the tests but for the slow ones (ARGS='-k rotary' for some)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-lint: .venv/installed
+test-all: .venv/installed ## run every test
+	$(PYTEST) $(ARGS)
+
+lint: .venv/installed ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
-tensorboard: .venv/installed
+docs: .venv/installed ## write docs/api.md from the docstrings
+	.venv/bin/python scripts/make_api_reference.py
+
+tensorboard: .venv/installed ## show the curves of runs/
 	.venv/bin/tensorboard --logdir runs
 
-clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info build rank_0 kernel_meta local_attention/_kernels.*
+clean: ## delete .venv, caches and what was built; runs and data stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build dist rank_0 kernel_meta local_attention/_kernels.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Made again from nothing when pyproject.toml changes, so that a removed or replaced dependency leaves nothing behind, and
-# when kernels.cpp does, which pip compiles.
-.venv/installed: pyproject.toml local_attention/kernels.cpp
+# Rebuilt from nothing when pyproject.toml changes, so that a removed or replaced dependency leaves nothing behind, and
+# when the operators in C++ do, which pip compiles.
+.venv/installed: pyproject.toml $(OPERATORS)
 	@test -n "$(PYTHON)" || { echo "error: expected Python 3.10, 3.11 or 3.12 as python3, got $$(python3 --version 2>&1); or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c '$(SUPPORTED)' || { echo "error: expected Python 3.10, 3.11 or 3.12, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@echo "Setting up .venv: about 940 MB to download (MindSpore alone is 800 MB), 3 GB on disk; takes a minute or more."
 	rm -rf .venv local_attention/_kernels.*
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
+	@bar=off; if [ -t 1 ]; then bar=on; fi; set -x; \
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar $$bar --editable '.[train,dev]'
 	@touch $@

@@ -4,7 +4,7 @@ from local_attention.training.command import command
 from local_attention.training.config import GenerateConfig, generate_config
 
 
-@command("generate", GenerateConfig, text=("run", "checkpoint", "prompt", "prompt_file"))
+@command("generate", GenerateConfig)
 def main(composed):
     config = generate_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 

@@ -1,10 +1,11 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
 from local_attention.training.command import command
-from local_attention.training.config import RunConfig, as_dict, run_config
+from local_attention.training.config import RunConfig, run_config
+from local_attention.training.keys import as_dict
 
 
-@command("train", RunConfig, text=("data.path", "data.dir", "run_dir", "resume"))
+@command("train", RunConfig)
 def main(composed):
     config = run_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 

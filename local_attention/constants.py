@@ -1,4 +1,4 @@
-"""Constants of a static graph, built by NumPy while the graph is compiled."""
+"""Constants of a static graph, computed by NumPy while the graph is compiled."""
 
 from functools import lru_cache, wraps
 
@@ -8,7 +8,7 @@ from mindspore.ops import constexpr
 
 
 def shared_constant(build):
-    """Turn ``build(*hashable) -> array or tuple of arrays`` into one that gives tensors, also inside ``construct``.
+    """Decorate ``build(*hashable) -> array or tuple of arrays`` so that it gives tensors, also inside ``construct``.
 
     The same arguments give the same tensor object, so all layers of a model share one copy of a large table.
     """

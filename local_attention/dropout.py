@@ -1,4 +1,4 @@
-"""Dropout whose masks are a function of a seed and a count, so that a run that was interrupted goes on with them."""
+"""Dropout whose masks are a function of a seed and of the number of calls, so that a resumed run has the same ones."""
 
 import math
 from itertools import count
@@ -11,30 +11,31 @@ from mindspore.ops import constexpr
 from local_attention.constants import shared_constant
 from local_attention.mindspore_quirks import attach_hidden_parameter
 
-_numbers = count()  # a graph wants parameters of different names
+_numbers = count()  # the parameters of a graph need different names
 
 
-def dropout_cell(share):
-    """A :class:`Dropout` for a share above 0, else None; raises ``ValueError`` for one outside 0 … 1."""
-    if not 0 <= share < 1:
-        raise ValueError(f"expected a dropout from 0 to below 1, got {share}")
-    return Dropout(share) if share else None
+def dropout_cell(rate: float) -> "Dropout | None":
+    """A :class:`Dropout`, or None for a rate of 0; raises ``ValueError`` for a rate outside [0, 1)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"expected a dropout from 0 to below 1, got {rate}")
+    return Dropout(rate) if rate else None
 
 
 class Dropout(nn.Cell):
-    """In training 0 for a share of the elements and ``1 / (1 - share)`` times the others, as Srivastava et al. 2014.
+    """In training, sets elements to 0 with probability ``rate`` and divides the others by ``1 - rate``.
 
-    MindSpore's kernels draw from a generator whose state cannot be read or set. Here element ``(r, c)`` is dropped
-    where the fraction of ``a_r · b_c`` is below the share, ``a`` and ``b`` being hashes of the seed, the number of the
-    call and the row or column: as fast as ``nn.Dropout`` (13.9 ms for 4096 × 682 elements, that 14.4).
+    (Srivastava et al. 2014, JMLR 15.) MindSpore's kernels draw from a generator whose state cannot be read or set. Here
+    element ``(r, c)`` is dropped where the fractional part of ``a_r · b_c`` is below the rate; ``a`` and ``b`` are
+    hashes of the seed, the number of the call, and the row or column. As fast as ``nn.Dropout``: 13.9 ms for 4096 × 682
+    elements instead of 14.4.
 
     Args:
-        share: above 0, below 1.
+        rate: above 0, below 1.
     """
 
-    def __init__(self, share):
+    def __init__(self, rate: float) -> None:
         super().__init__()
-        self.kept, self.scale = 1 - share, 1 / (1 - share)
+        self.kept, self.scale = 1 - rate, 1 / (1 - rate)
         self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # which mindspore.set_seed sets
         calls = Parameter(Tensor(0, ms.int32), name=f"dropout_calls.{next(_numbers)}", requires_grad=False)
         attach_hidden_parameter(self, "calls", calls)
@@ -46,10 +47,10 @@ class Dropout(nn.Cell):
         return x * self.mask(x.shape) if self.training else x
 
     def mask(self, shape):
-        """What to multiply the next tensor of a shape by: 0 or ``1 / (1 - share)``."""
+        """The factors of the next tensor of this shape: 0 or ``1 / (1 - rate)``."""
         rows, columns = _rows_and_columns(shape)
         key = self.hash(self.seed + ops.assign_add(self.calls, Tensor(1, ms.int32)))
-        numbers = self.bits(self.hash(count_up(4 * (rows + columns)) + key), Tensor(2**23 - 1, ms.int32))
+        numbers = self.bits(self.hash(arange(4 * (rows + columns)) + key), Tensor(2**23 - 1, ms.int32))
         numbers = numbers.astype(ms.float32) * 2.0**-23
         a, b = numbers[: 4 * rows].reshape((rows, 4)) * 256, numbers[4 * rows :].reshape((4, columns))
         products = self.matmul(a, b)
@@ -57,13 +58,13 @@ class Dropout(nn.Cell):
         return ops.stop_gradient(kept * self.scale).reshape(shape)
 
     def hash(self, x):
-        """Of ``x: (n,)`` int32, as good as random: the mixing of MurmurHash3, with other constants (Wellons 2018)."""
-        x = self.fold(x, 16) * Tensor(0x7FEB352D, ms.int32)
-        x = self.fold(x, 15) * Tensor(0x846CA68B - 2**32, ms.int32)
-        return self.fold(x, 16)
+        """A pseudorandom function of ``x: (n,)`` int32: MurmurHash3's mixing with other constants (Wellons 2018)."""
+        x = self.xor_shift(x, 16) * Tensor(0x7FEB352D, ms.int32)
+        x = self.xor_shift(x, 15) * Tensor(0x846CA68B - 2**32, ms.int32)
+        return self.xor_shift(x, 16)
 
-    def fold(self, x, count):
-        """``x ^ (x >> count)`` of the bits without a sign."""
+    def xor_shift(self, x, count):
+        """``x ^ (x >> count)`` of unsigned numbers."""
         upper = self.bits(self.shift(x, Tensor(count, ms.int32)), Tensor(2 ** (32 - count) - 1, ms.int32))
         return self.xor(x, upper)
 
@@ -74,12 +75,12 @@ def _rows_and_columns(shape):
 
 
 @shared_constant
-def count_up(count):
+def arange(count):
     return np.arange(count, dtype=np.int32)
 
 
-def set_dropout_step(model, calls):
-    """Let all :class:`Dropout` of a model go on as after so many calls."""
+def set_dropout_step(model: nn.Cell, calls: int) -> None:
+    """Let every :class:`Dropout` of a model continue as after this number of calls."""
     for _, cell in model.cells_and_names():
         if isinstance(cell, Dropout):
             cell.calls.set_data(Tensor(calls, ms.int32))

@@ -11,21 +11,21 @@ from math import prod
 
 import mindspore as ms
 from einops import EinopsError
-from einops._backends import AbstractBackend
-from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
 from mindspore import nn, ops
 from mindspore.ops import constexpr
 
-MAX_PARTS = 64  # one Split and one Concat kernel take this many pieces and still beat Transpose
-MIN_TAIL = 16  # products with fewer columns than this need much room for their ones and are many and small
+from local_attention.mindspore_quirks import AbstractBackend, einops_steps
+
+MAX_PARTS = 64  # up to this many pieces, one Split and one Concat kernel are faster than Transpose
+MIN_TAIL = 16  # with fewer columns than this, products with ones are small, many, and need much memory for the ones
 
 
 @constexpr
 def as_swap(shape, permutation):
     """``(lead, x, y, tail)`` if the permutation is ``(lead, x, y, tail) -> (lead, y, x, tail)``, else ``()``.
 
-    Axes that stay side by side count as one, so ``b n h d -> b h n d`` is such a swap, with ``tail = d``, and
-    ``a b c -> c a b`` is one, too, with ``x = a * b``.
+    Axes that stay next to each other count as one: ``b n h d -> b h n d`` is such a swap with ``tail = d``, and
+    ``a b c -> c a b`` is one with ``x = a * b``.
     """
     runs = []
     for axis in permutation:
@@ -42,9 +42,9 @@ def as_swap(shape, permutation):
 
 
 def transpose(x, permutation):
-    """``ops.transpose``; neighbouring axes swap by Split and Concat if one of them is short.
+    """``ops.transpose``; a swap of neighbouring axes by Split and Concat if one of them is short.
 
-    Every split or join of heads is such a swap: on a CPU 13 ms for 30 ms of Transpose, and a tenth of its memory.
+    Every split or merge of heads is such a swap: on a CPU it takes 13 ms instead of 30, and a tenth of the memory.
     """
     shape = tuple(x.shape[axis] for axis in permutation)
     swap = as_swap(x.shape, permutation)
@@ -59,10 +59,10 @@ def transpose(x, permutation):
 
 @constexpr
 def _as_product(shape, dtype, axes):
-    """``(lead, run, tail, shape of the sum)`` if a product with ones adds up the axes best, else ``()``.
+    """``(lead, run, tail, shape of the sum)`` if a product with ones is the fastest sum over these axes, else ``()``.
 
-    Adding up 67 MB along neighbouring axes other than the last takes ReduceSum 75 to 190 ms on a CPU, and a product
-    with a row of ones 5 to 20 ms. Elsewhere than on CPUs, products may round float32.
+    A sum of 67 MB along neighbouring axes other than the last takes ReduceSum 75 to 190 ms on a CPU, and a product with
+    a row of ones 5 to 20 ms. On other devices, products may round float32.
     """
     first, last = min(axes), max(axes)
     lead, run, tail = prod(shape[:first]), prod(shape[first : last + 1]), prod(shape[last + 1 :])
@@ -88,12 +88,12 @@ def _mean(x, axes):
 
 def _prod(x, axes):
     if x.dtype in _SHORT:
-        x = x.astype(ms.int64)  # as NumPy does, and ops.sum: 13! needs more than 32 bits
+        x = x.astype(ms.int64)  # as in NumPy and ops.sum: 13! needs more than 32 bits
     return ops.prod(x, axes)
 
 
 def _any(x, axes):
-    return ops.any(x.astype(ms.bool_), axes)  # ops.any takes the bytes of other types for booleans: any([1.0]) is False
+    return ops.any(x.astype(ms.bool_), axes)  # ops.any reads the bytes of other types as booleans: any([1.0]) is False
 
 
 def _all(x, axes):
@@ -105,13 +105,13 @@ _SHORT = (ms.bool_, ms.int8, ms.int16, ms.int32, ms.uint8, ms.uint16, ms.uint32)
 REDUCTIONS = {"min": ops.amin, "max": ops.amax, "sum": _sum, "mean": _mean, "prod": _prod, "any": _any, "all": _all}
 
 
-def _refuse_nothing(shape, axes):
-    if any(shape[axis] == 0 for axis in axes):  # MindSpore would reduce them to what the memory holds
+def _refuse_empty(shape, axes):
+    if any(shape[axis] == 0 for axis in axes):  # MindSpore would return uninitialised memory
         raise EinopsError("cannot reduce an axis of length 0")
 
 
 class MindSporeBackend(AbstractBackend):
-    """What einops needs to know of MindSpore's tensors; einops finds it among the subclasses of its base."""
+    """What einops needs to know about MindSpore's tensors; it finds this class among those of ``AbstractBackend``."""
 
     framework_name = "mindspore"
 
@@ -128,7 +128,7 @@ class MindSporeBackend(AbstractBackend):
         return transpose(x, tuple(axes))
 
     def reduce(self, x, operation, axes):
-        _refuse_nothing(x.shape, axes)
+        _refuse_empty(x.shape, axes)
         return REDUCTIONS[operation](x, tuple(axes))
 
     def stack_on_zeroth_dimension(self, tensors):
@@ -149,34 +149,33 @@ class MindSporeBackend(AbstractBackend):
 
 @constexpr
 def _plan(operation, pattern, axes, shape, dtype):
-    """``(shape, reduced axes, permutation of those left, shape, repeats, final shape)``; ``()``: no such step.
+    """``(shape, reduced axes, permutation of the others, shape, repeats, final shape)``; ``()`` for no such step.
 
-    einops transposes before it reduces; here only what the reduction leaves is transposed.
+    Unlike einops, the plan reduces before it transposes, so that less is moved.
     """
     try:
-        recipe = _prepare_transformation_recipe(pattern, operation, tuple(name for name, _ in axes), len(shape))
-        split, order, reduced, added, final, rank = _reconstruct_from_shape_uncached(recipe, list(shape), axes)
+        split, order, reduced, added, final, rank = einops_steps(operation, pattern, axes, shape)
         split = tuple(shape if split is None else split)
         order = order or range(len(split))  # the axes that stay, then those that go
         order, reduced = order[: rank - len(added) - len(reduced)], sorted(order[axis] for axis in reduced)
-        _refuse_nothing(split, reduced)
+        _refuse_empty(split, reduced)
         if operation == "mean" and dtype not in _FLOATING:
             raise EinopsError(f"no mean of {dtype}: cast to a floating type first")
     except (EinopsError, ValueError, ZeroDivisionError) as error:
         raise EinopsError(f'{operation} "{pattern}" with {dict(axes)} on shape {tuple(shape)}: {error}') from None
     lengths = iter([split[axis] for axis in order])
-    spread = tuple(1 if axis in added else next(lengths) for axis in range(len(order) + len(added)))
-    repeats = tuple(added.get(axis, 1) for axis in range(len(spread)))
+    expanded = tuple(1 if axis in added else next(lengths) for axis in range(len(order) + len(added)))
+    repeats = tuple(added.get(axis, 1) for axis in range(len(expanded)))
     if final is None:
-        final = [length * times for length, times in zip(spread, repeats, strict=True)]
+        final = [length * times for length, times in zip(expanded, repeats, strict=True)]
     long_axes = [axis for axis in order if split[axis] > 1]
     moves = long_axes != sorted(long_axes)
     permutation = tuple(sorted(order).index(axis) for axis in order) if moves else ()
-    return split, tuple(reduced), permutation, spread, repeats if added else (), tuple(final)
+    return split, tuple(reduced), permutation, expanded, repeats if added else (), tuple(final)
 
 
 class _Transformation(nn.Cell):
-    """What the three cells share: the steps of the plan for the shape that comes."""
+    """The base of the three cells: follows the plan for the shape of the input."""
 
     def __init__(self, operation, pattern, axes):
         super().__init__()
@@ -185,16 +184,16 @@ class _Transformation(nn.Cell):
 
     def construct(self, x):
         plan = _plan(self.operation, self.pattern, self.axes, x.shape, x.dtype)
-        split, reduced, permutation, spread, repeats, final = plan
+        split, reduced, permutation, expanded, repeats, final = plan
         x = x.reshape(split)
         if reduced != ():
             x = self.reduce(x, reduced)
         if permutation != ():
             x = transpose(x, permutation)
         if repeats != ():
-            # On a CPU, 67 MB of copies cost Tile 5 to 10 ms (single elements 4 times each: 48 ms), broadcast_to 46 to
-            # 97 ms, Concat 5 to 8 ms (of single elements: 160 ms), `x * ones` 22 ms and 256 MB of index table.
-            x = ops.tile(x.reshape(spread), repeats)
+            # Copies of 67 MB on a CPU: Tile 5 to 10 ms (of single elements 48), broadcast_to 46 to 97, Concat 5 to 8
+            # (of single elements 160), `x * ones` 22 and 256 MB of index table.
+            x = ops.tile(x.reshape(expanded), repeats)
         return x.reshape(final)
 
     def extend_repr(self):
@@ -207,16 +206,15 @@ class Rearrange(_Transformation):
 
     Args:
         pattern: einops pattern, e.g. ``"b n (h d) -> b h n d"``.
-        axes: lengths of axes that the shape alone does not tell, e.g. ``h=8``.
+        axes: lengths of axes that the shape does not determine, e.g. ``h=8``.
 
-    Returns:
-        from a call with a tensor of any type: its elements in the shape of the pattern's right side, same type.
+    Called with a tensor of any type, it returns its elements in the shape of the pattern's right side.
 
     Raises:
         einops.EinopsError: when called with a tensor whose shape does not fit the pattern.
     """
 
-    def __init__(self, pattern, **axes):
+    def __init__(self, pattern: str, **axes: int) -> None:
         super().__init__("rearrange", pattern, axes)
 
 
@@ -226,36 +224,27 @@ class Reduce(_Transformation):
     Args:
         pattern: einops pattern; axes that are missing on its right side are reduced, e.g. ``"b (n w) d -> b n d"``.
         reduction: ``"min"``, ``"max"``, ``"sum"``, ``"mean"``, ``"prod"``, ``"any"`` or ``"all"``.
-        axes: lengths of axes that the shape alone does not tell, e.g. ``w=4``.
+        axes: lengths of axes that the shape does not determine, e.g. ``w=4``.
 
-    Returns:
-        from a call with a tensor: the shape of the pattern's right side; booleans from ``any`` and ``all``, int64 from
-        ``sum`` and ``prod`` of whole numbers and booleans, else the type of the tensor.
+    Called with a tensor, it returns booleans for ``any`` and ``all``, int64 for ``sum`` and ``prod`` of integers and
+    booleans, else the type of the tensor.
 
     Raises:
         einops.EinopsError: for an unknown reduction; when called with a tensor whose shape does not fit the pattern,
-            for an axis of length 0, or for the mean of anything but floating numbers.
+            for an axis of length 0, or for the mean of other than floating-point numbers.
     """
 
-    def __init__(self, pattern, reduction, **axes):
+    def __init__(self, pattern: str, reduction: str, **axes: int) -> None:
         if reduction not in REDUCTIONS:
             raise EinopsError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
         super().__init__(reduction, pattern, axes)
 
 
 class Repeat(_Transformation):
-    """``einops.repeat`` as a cell, for eager and graph mode.
+    """``einops.repeat`` as a cell, for eager and graph mode; the arguments and errors are those of :class:`Rearrange`.
 
-    Args:
-        pattern: einops pattern; axes that are new on its right side repeat the elements, e.g. ``"n d -> b n d"``.
-        axes: lengths of the new axes and of axes that the shape alone does not tell, e.g. ``b=8``.
-
-    Returns:
-        from a call with a tensor: its elements in the shape of the pattern's right side, same type.
-
-    Raises:
-        einops.EinopsError: when called with a tensor whose shape does not fit the pattern.
+    Axes that are new on the pattern's right side repeat the elements, e.g. ``"n d -> b n d"`` with ``b=8``.
     """
 
-    def __init__(self, pattern, **axes):
+    def __init__(self, pattern: str, **axes: int) -> None:
         super().__init__("repeat", pattern, axes)

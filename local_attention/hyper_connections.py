@@ -20,7 +20,7 @@ class HyperConnection(nn.Cell):
         index: the branch's number in the model.
     """
 
-    def __init__(self, dim, streams, index):
+    def __init__(self, dim: int, streams: int, index: int) -> None:
         super().__init__()
         self.dim, self.streams = dim, streams
         branch_input = np.zeros((streams, 1), np.float32)
@@ -76,7 +76,7 @@ class Residual(nn.Cell):
         return mixed + out
 
 
-def connection(dim, streams, index):
+def connection(dim: int, streams: int, index: int) -> nn.Cell:
     """A :class:`HyperConnection` for several streams, a :class:`Residual` for one."""
     return HyperConnection(dim, streams, index) if streams > 1 else Residual()
 

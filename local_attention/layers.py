@@ -19,7 +19,7 @@ from local_attention.dropout import dropout_cell
 tree_map = ops.Map()
 
 
-def dense(dim_in, dim_out):
+def dense(dim_in: int, dim_out: int) -> nn.Dense:
     """A linear layer without bias, its weight ``(dim_out, dim_in)`` uniform in ``±dim_in ** -0.5`` as in PyTorch."""
     return nn.Dense(dim_in, dim_out, weight_init=HeUniform(math.sqrt(5)), has_bias=False)
 
@@ -152,7 +152,7 @@ class FeedForward(nn.Cell):
         dropout: fraction of the inner layer that training drops.
     """
 
-    def __init__(self, dim, mult=4, dropout=0.0):
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
         super().__init__()
         inner = int(dim * mult * 2 / 3)
         self.norm = LayerNorm(dim)

@@ -37,7 +37,7 @@ class LocalAttention(nn.Cell):
     """
 
     @accepts(LocalAttentionOptions)
-    def __init__(self, options):
+    def __init__(self, options: LocalAttentionOptions) -> None:
         super().__init__()
         self.options = options
         dim = options.dim if options.rel_pos_emb_config is None else options.rel_pos_emb_config[0]
@@ -113,7 +113,7 @@ class LocalAttention(nn.Cell):
         q_cos, q_sin, k_cos, k_sin = rotation
         return apply_rotary(q, q_cos, q_sin), apply_rotary(k, k_cos, k_sin)
 
-    def score_scale(self, d):
+    def score_scale(self, d: int) -> float:
         """The factor of the scores, for a head size of ``d``."""
         return d**-0.5 if self.scale is None else self.scale
 

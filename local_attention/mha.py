@@ -24,7 +24,7 @@ class LocalMHA(nn.Cell):
     """
 
     @accepts(LocalMHAOptions)
-    def __init__(self, options):
+    def __init__(self, options: LocalMHAOptions) -> None:
         super().__init__()
         self.options = options
         dim, heads, dim_head = options.dim, options.heads, options.dim_head

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from einops._backends import AbstractBackend  # noqa: F401, the base class by which einops finds a backend
+from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
 from mindspore import Parameter, Tensor, nn, ops
 
 
@@ -43,3 +45,12 @@ def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> N
 def tanh(x: Any) -> Any:
     """``2 sigmoid(2x) - 1``, with an error of 2e-6. ``ops.tanh`` is wrong by 1e-4 around ±5 on a CPU."""
     return ops.sigmoid(x * 2) * 2 - 1
+
+
+def einops_steps(operation: str, pattern: str, axes: tuple[tuple[str, int], ...], shape: tuple[int, ...]) -> tuple:
+    """The steps that einops takes for a pattern and a shape: private functions of einops 0.8.
+
+    The parser of static graphs refuses einops' public functions ("Unsupported statement 'Try'").
+    """
+    recipe = _prepare_transformation_recipe(pattern, operation, tuple(name for name, _ in axes), len(shape))
+    return _reconstruct_from_shape_uncached(recipe, list(shape), list(axes))

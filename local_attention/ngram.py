@@ -27,7 +27,7 @@ class NgramEmbedding(nn.Cell):
         ValueError: for sizes outside these.
     """
 
-    def __init__(self, max_ngram, buckets, ngram_dim, dim):
+    def __init__(self, max_ngram: int, buckets: int, ngram_dim: int, dim: int) -> None:
         super().__init__()
         if not 2 <= buckets <= MAX_NGRAM_BUCKETS:
             raise ValueError(f"expected ngram_buckets from 2 to {MAX_NGRAM_BUCKETS}, got {buckets}")

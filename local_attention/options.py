@@ -30,18 +30,19 @@ MAX_NGRAM_BUCKETS = 2**18
 class Help:
     """One line that says what an option means, with its unit; and what None stands for, where None is allowed."""
 
-    text: str
+    text: str = ""
     none: str = ""
 
 
 @dataclass(frozen=True)
-class NotInOriginal:
-    """Marks an option that the ``LocalTransformer`` of the PyTorch package ``local-attention`` 1.11.2 does not have.
+class InOriginal:
+    """Whether the ``LocalTransformer`` of the PyTorch package ``local-attention`` 1.11.2 takes an option, as most.
 
     Args:
         problem: why a model with another value than the default cannot be exported; empty: it can.
     """
 
+    has_it: bool = True
     problem: str = ""
 
 
@@ -63,7 +64,7 @@ FeedForwardDropout = Annotated[
 SharedQK = Annotated[
     bool, Help("keys are l2-normalised; a token attends to itself only if it can attend to nothing else")
 ]
-UseRotary = Annotated[bool, NotInOriginal(), Help("rotary embeddings of queries and keys")]
+UseRotary = Annotated[bool, InOriginal(False), Help("rotary embeddings of queries and keys")]
 UseXpos = Annotated[bool, Help("xPos: scores of rotary embeddings decay with the distance")]
 XposScaleBase = Annotated[
     float | None, Gt(0), Help("tokens over which the decay reaches its rate", none="half a window")
@@ -71,7 +72,7 @@ XposScaleBase = Annotated[
 Scale = Annotated[
     float | None,
     Gt(0),
-    NotInOriginal("the original has no model with another scale than the default"),
+    InOriginal(False, "the original has no model with another scale than the default"),
     Help("factor of the scores", none="channels per head ** -0.5"),
 ]
 QKNorm = Annotated[bool, Help("queries and keys are l2-normalised, times a learned scale per channel")]
@@ -80,6 +81,8 @@ GateValues = Annotated[bool, Help("a sigmoid gate for the output of each head an
 Dim = Annotated[int, Ge(1), Help("channels of the residual stream")]
 DimHead = Annotated[int, Ge(1), Help("channels per head")]
 Heads = Annotated[int, Ge(1), Help("attention heads per layer")]
+Depth = Annotated[int, Ge(1), Help("layers")]
+MaxSeqLen = Annotated[int, Ge(1), Help("longest sequence that learned absolute positions allow")]
 
 
 @dataclass
@@ -165,12 +168,19 @@ class LocalMHAOptions(HeadsOptions):
 
 
 @dataclass(kw_only=True)
-class LanguageModelOptions(HeadsOptions):
-    """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
+class SizeOptions:
+    """The sizes of a ``LocalTransformer`` that must be given."""
 
     num_tokens: Annotated[int | None, Ge(1), Help("size of the vocabulary", none="no embedding and no logits")]
-    max_seq_len: Annotated[int, Ge(1), Help("longest sequence that learned absolute positions allow")]
-    depth: Annotated[int, Ge(1), Help("layers")]
+    max_seq_len: MaxSeqLen
+    dim: Dim
+    depth: Depth
+
+
+@dataclass(kw_only=True)
+class LanguageModelOptions(HeadsOptions, SizeOptions):  # in the other order, as dataclasses have it
+    """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
+
     ff_mult: Annotated[
         float, Ge(1), Help("inner size of the feed-forward relative to dim; two thirds of it, as it is gated")
     ] = 4.0
@@ -181,7 +191,7 @@ class LanguageModelOptions(HeadsOptions):
     ff_dropout: FeedForwardDropout = 0.0
     local_attn_window_size: WindowSize = 512
     use_abs_pos_emb: Annotated[
-        bool, NotInOriginal(), Help("learned absolute positions; without them sequences can have any length")
+        bool, InOriginal(False), Help("learned absolute positions; without them sequences can have any length")
     ] = True
     use_dynamic_pos_bias: Annotated[
         bool, Help("a bias that a small network computes from the distance, in place of rotary embeddings")
@@ -189,17 +199,39 @@ class LanguageModelOptions(HeadsOptions):
     max_ngram: Annotated[
         int,
         Ge(1),
-        NotInOriginal("the original has no embeddings of n-grams"),
+        InOriginal(False, "the original has no embeddings of n-grams"),
         Help("above 1: embeddings of the n-grams of 2 to that many tokens are added to the token's"),
     ] = 1
     ngram_buckets: Annotated[
         int,
         Ge(2),
         Le(MAX_NGRAM_BUCKETS),
-        NotInOriginal(),
+        InOriginal(False),
         Help("hash buckets, each an embedding, per n-gram order; at best a prime"),
     ] = 65521
-    ngram_dim: Annotated[int, Ge(1), NotInOriginal(), Help("channels of an n-gram's embedding")] = 48
+    ngram_dim: Annotated[int, Ge(1), InOriginal(False), Help("channels of an n-gram's embedding")] = 48
+
+    def original_arguments(self) -> dict[str, Any]:
+        """The arguments with which the original's ``LocalTransformer`` is this model.
+
+        Raises:
+            ValueError: for what the original cannot be.
+        """
+        declared = options_of(type(self))
+        for name, option in declared.items():
+            if option.in_original.problem and getattr(self, name) != option.default:
+                raise ValueError(f"{name}={getattr(self, name)}: {option.in_original.problem}")
+        if not self.use_rotary_pos_emb and not self.use_dynamic_pos_bias:
+            raise ValueError(
+                "use_rotary_pos_emb=False: the original has no model without rotary embeddings but one with "
+                "use_dynamic_pos_bias=True"
+            )
+        if self.use_dynamic_pos_bias and self.look_backward != 1:
+            raise ValueError(
+                f"look_backward={self.look_backward} with use_dynamic_pos_bias=True: the original's bias is for one "
+                "window back and no other number"
+            )
+        return {name: getattr(self, name) for name, option in declared.items() if option.in_original.has_it}
 
 
 @dataclass(kw_only=True)
@@ -285,7 +317,7 @@ class Option:
     Args:
         kinds: of the values that are allowed: ``int``, ``float``, ``bool``, ``str``, ``NoneType``; a text that is
             allowed itself. A value of any other kind is not checked.
-        metadata: what else the ``Annotated`` type holds: bounds, :class:`Help`, :class:`NotInOriginal`.
+        metadata: what else the ``Annotated`` type holds: bounds, :class:`Help`, :class:`InOriginal`.
         default: ``dataclasses.MISSING`` where a value must be given.
     """
 
@@ -304,18 +336,23 @@ class Option:
         return " and ".join(f"{sign} {limit}" for sign, limit, _ in self._bounds())
 
     @property
-    def not_in_original(self) -> NotInOriginal | None:
-        return next((mark for mark in self.metadata if isinstance(mark, NotInOriginal)), None)
+    def names(self) -> str:
+        """The texts that are allowed, such as ``"adam, adamw, muon"``; empty where there are no particular ones."""
+        return ", ".join(kind for kind in self.kinds if isinstance(kind, str))
+
+    @property
+    def in_original(self) -> InOriginal:
+        return next((mark for mark in self.metadata if isinstance(mark, InOriginal)), InOriginal())
 
     def help(self, none: str = "None") -> str:
         """The line of help; ``none`` is how None is written there."""
-        mark = next((mark for mark in self.metadata if isinstance(mark, Help)), Help(""))
-        return f"{mark.text}; {none}: {mark.none}" if mark.none and self.optional else mark.text
+        marks = [mark for mark in self.metadata if isinstance(mark, Help)]
+        text, meaning = "; ".join(filter(None, (mark.text for mark in marks))), "".join(mark.none for mark in marks)
+        return f"{text}; {none}: {meaning}" if meaning and self.optional else text
 
     def expected(self, none: str = "None") -> str:
         """What a value may be, such as ``"a number >= 0 and < 1, or None"``; empty for what is not checked."""
-        names = [kind for kind in self.kinds if isinstance(kind, str)]
-        kinds = [KINDS[kind] for kind in self.kinds if kind in KINDS] + ["one of " + ", ".join(names)] * bool(names)
+        kinds = [KINDS[kind] for kind in self.kinds if kind in KINDS] + [f"one of {self.names}"] * bool(self.names)
         what = " or ".join(kinds) + f" {self.bounds}" * bool(self.bounds)
         return f"{what}, or {none}" if what and self.optional else what
 

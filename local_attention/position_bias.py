@@ -1,4 +1,4 @@
-"""A bias of scores that an MLP makes of the distance between query and key."""
+"""A bias of the scores that an MLP computes from the distance between query and key."""
 
 import numpy as np
 from mindspore import nn, ops
@@ -21,21 +21,21 @@ def distance_index(i, j, first):
 class DynamicPositionBias(nn.Cell):
     """A bias for each head and distance, ``MLP(|i - j|)``, with two hidden layers of SiLU.
 
-    (Wang et al. 2021, arXiv 2108.00154, section 3.4, there in two dimensions.)
+    Wang et al. 2021, arXiv 2108.00154, section 3.4, there in two dimensions.
 
     Args:
         dim: channels of the hidden layers.
         heads: number of heads.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.mlp = nn.SequentialCell(nn.Dense(1, dim), nn.SiLU(), nn.Dense(dim, dim), nn.SiLU(), nn.Dense(dim, heads))
 
     def construct(self, i, j, first=None):
         """``(heads, i, j)``, the bias of ``i`` queries for ``j`` keys.
 
-        The first query stands at the key ``first``, ``j - i`` unless given, so that the last query has the last key.
+        The first query is at the position of key ``first``, by default ``j - i``: the last ones are then aligned.
         """
         if first is None:
             first = j - i

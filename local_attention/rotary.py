@@ -11,7 +11,7 @@ from local_attention.constants import shared_constant
 
 
 def rotary_angles(positions, dim, theta=10000.0):
-    """Angles in radians, ``(n, dim)`` float64: channel ``c`` turns by ``position * theta ** (-2 (c mod dim/2) / dim)``.
+    """Angles in radians, ``(n, dim)`` float64: ``position * theta ** (-2 (c mod dim/2) / dim)`` for channel ``c``.
 
     In float64, because a float32 product of position and frequency is wrong by whole turns on long sequences.
     """
@@ -88,15 +88,15 @@ class SinusoidalEmbeddings(nn.Cell):
 
     Args:
         dim: head size, even.
-        scale_base: tokens after which the decay of xPos has come to its rate; needed with ``use_xpos``.
-        use_xpos: let scores decay with the distance.
+        scale_base: tokens over which the decay of xPos reaches its rate; required with ``use_xpos``.
+        use_xpos: whether scores decay with the distance.
         theta: base of the frequencies.
 
     Raises:
         ValueError: for an odd ``dim``; for ``use_xpos`` without a positive ``scale_base``.
     """
 
-    def __init__(self, dim, scale_base=None, use_xpos=False, theta=10000):
+    def __init__(self, dim: int, scale_base: float | None = None, use_xpos: bool = False, theta: float = 10000) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
             raise ValueError(f"rotary embeddings need an even head size, got dim = {dim}")
@@ -117,15 +117,17 @@ class SinusoidalEmbeddings(nn.Cell):
         return rotary_table(groups, length, self.dim, self.theta, scale)
 
     def decay_queries(self, q, middle):
-        """The decay of ``q: (blocks, block, d)``, positions counted from the block's first query."""
+        """Apply the decay to ``q: (blocks, block, d)``, with positions relative to the first query of the block."""
         return q * decay_table(q.shape[0], 0, q.shape[1], middle, self.dim, self.scale_base, 1)
 
     def decay_keys(self, k, first, middle):
-        """The inverse decay of ``k: (blocks, span, d)``, whose first key stands at ``first``, counted likewise."""
+        """Apply the inverse decay to ``k: (blocks, span, d)``, whose first key is at position ``first``."""
         return k * decay_table(k.shape[0], first, k.shape[1], middle, self.dim, self.scale_base, -1)
 
 
-def apply_rotary_pos_emb(q, k, freqs, scale=1):
+def apply_rotary_pos_emb(
+    q: ms.Tensor, k: ms.Tensor, freqs: ms.Tensor, scale: ms.Tensor | float = 1
+) -> tuple[ms.Tensor, ms.Tensor]:
     """Rotate queries and keys, and let their scores decay.
 
     Args:

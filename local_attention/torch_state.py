@@ -3,37 +3,41 @@
 Works on plain arrays; PyTorch is not needed.
 """
 
+from collections.abc import Callable, Mapping
+
 import mindspore as ms
 import numpy as np
 
-# How MindSpore's layers call what PyTorch's call weight and bias, in cells that a person inserts.
-THEIR_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+from local_attention.transformer import LocalTransformer
+
+# PyTorch's names of the parameters of MindSpore's own cells, for inserted global layers.
+TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 
 
-def torch_state(model):
+def torch_state(model: LocalTransformer) -> dict[str, np.ndarray]:
     """The state dict of the original, as ``{name: array}``.
 
     Without learned absolute positions, which the original always has, they are zeros.
 
     Raises:
-        ValueError: for a model without rotary embeddings and without dynamic bias, or with n-grams, which the original
-            cannot be.
+        ValueError: for a model that the original cannot be, see :meth:`LanguageModelOptions.original_arguments`.
     """
-    require_original(model)
+    model.options.original_arguments()  # refuses what the original cannot be
     parameters = arrays(model)
-    state = {}
+    state: dict[str, np.ndarray] = {}
     for theirs, ours, shape in correspondence(model):
         state[theirs] = np.concatenate([parameters[name] for name in ours]).reshape(shape)
     return state | constants(model)
 
 
-def load_torch_state(model, state):
-    """Give the model the weights of a state dict of the original, ``{name: array}``.
+def load_torch_state(model: LocalTransformer, state: Mapping[str, np.ndarray]) -> None:
+    """Load a state dict of the original, ``{name: array}``, into a model.
 
     Raises:
-        ValueError: naming what is missing, unexpected, or of another shape; the model is unchanged then.
+        ValueError: as :func:`torch_state`; naming what is missing, unexpected, or of another shape. The model is then
+            unchanged.
     """
-    require_original(model)
+    model.options.original_arguments()  # refuses what the original cannot be
     wanted = {theirs: shape for theirs, _, shape in correspondence(model)}
     constant = {name: array.shape for name, array in constants(model).items()}
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in state]
@@ -54,20 +58,13 @@ def load_torch_state(model, state):
             parameters[name].set_data(ms.Tensor(part.reshape(parameters[name].shape), ms.float32))
 
 
-def require_original(model):
-    if model.dynamic_pos_bias is None and model.layers[0].attention.attention.rel_pos is None:
-        raise ValueError("the original has no model with use_rotary_pos_emb=False but without use_dynamic_pos_bias")
-    if model.ngram_emb is not None:
-        raise ValueError("the original has no embeddings of n-grams: max_ngram is above 1")
-
-
-def arrays(model):
+def arrays(model: LocalTransformer) -> dict[str, np.ndarray]:
     return {name: np.atleast_1d(parameter.asnumpy()) for name, parameter in model.parameters_and_names()}
 
 
-def constants(model):
-    """What a state dict of the original holds beside parameters."""
-    constant = {}
+def constants(model: LocalTransformer) -> dict[str, np.ndarray]:
+    """What a state dict of the original holds besides parameters."""
+    constant: dict[str, np.ndarray] = {}
     for i, layer in enumerate(model.layers):
         rel_pos = layer.attention.attention.rel_pos
         if rel_pos is not None:
@@ -78,30 +75,30 @@ def constants(model):
     return constant
 
 
-def correspondence(model):
-    """``(name in the original, our names, shape there)`` of all parameters; several of ours are stacked there."""
+def correspondence(model: LocalTransformer) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """For each parameter of the original its name, our names (stacked there if several) and its shape."""
     ours = {name: parameter.shape for name, parameter in model.parameters_and_names()}
-    found = []
+    found: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = []
 
-    def same(theirs, *names):
+    def same(theirs: str, *names: str) -> None:
         shape = ours[names[0]]
         found.append((theirs, names, (shape[0] * len(names), *shape[1:]) if shape else ()))
 
-    def norm(theirs, name):
+    def norm(theirs: str, name: str) -> None:
         for their_part, part in (("weight", "gamma"), ("bias", "beta")):
             found.append((f"{theirs}.{their_part}", (f"{name}.{part}",), ours[f"{name}.{part}"][1:]))
 
-    def below(theirs, prefix, rename):
+    def below(theirs: str, prefix: str, rename: Callable[[str], str]) -> None:
         for name in ours:
             if name.startswith(f"{prefix}."):
                 same(f"{theirs}.{rename(name.removeprefix(f'{prefix}.'))}", name)
 
-    def connection(theirs, name):
+    def connection(theirs: str, name: str) -> None:
         below(theirs, name, lambda rest: "norm.gamma" if rest == "gamma" else rest)
 
-    def last_part(rest):
+    def last_part(rest: str) -> str:
         path, dot, last = rest.rpartition(".")
-        return path + dot + THEIR_NAMES.get(last, last)
+        return path + dot + TORCH_NAMES.get(last, last)
 
     for i in range(len(model.layers)):
         layer, theirs = f"layers.{i}", f"layers.{i}.0"

@@ -1,5 +1,6 @@
 """The transformer: a language model whose layers attend within windows."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import mindspore as ms
@@ -32,7 +33,14 @@ class Layer(nn.Cell):
         auto_prefix: whether the cells' parameters get this layer's names.
     """
 
-    def __init__(self, attention, feed_forward, global_attention, connections, auto_prefix=True):
+    def __init__(
+        self,
+        attention: nn.Cell,
+        feed_forward: nn.Cell,
+        global_attention: nn.Cell | None,
+        connections: Sequence[nn.Cell],
+        auto_prefix: bool = True,
+    ) -> None:
         super().__init__(auto_prefix=auto_prefix)
         self.attention, self.feed_forward = attention, feed_forward
         self.attention_connection, self.feed_forward_connection, global_connection = connections
@@ -40,7 +48,7 @@ class Layer(nn.Cell):
         if global_attention is not None:
             self.global_connection = global_connection
 
-    def with_branches(self, attention, feed_forward, global_attention):
+    def with_branches(self, attention: nn.Cell, feed_forward: nn.Cell, global_attention: nn.Cell | None) -> "Layer":
         """This layer, with its own connections, around other cells."""
         global_connection = self.global_connection if self.global_attention is not None else None
         connections = (self.attention_connection, self.feed_forward_connection, global_connection)
@@ -70,7 +78,7 @@ class LocalTransformer(nn.Cell):
     """
 
     @accepts(LocalTransformerOptions)
-    def __init__(self, options):
+    def __init__(self, options: LocalTransformerOptions) -> None:
         super().__init__()
         self.options = options
         num_tokens, dim, streams = options.num_tokens, options.dim, options.num_residual_streams
@@ -80,7 +88,7 @@ class LocalTransformer(nn.Cell):
         numbers = range(1, options.depth + 1)
         inserted = numbers if options.layers_insert_global_attn is None else options.layers_insert_global_attn
 
-        def layer(number):
+        def layer(number: int) -> Layer:
             attention = LocalMHA(**vars(options.mha()))
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
             global_attention = deepcopy(options.global_attn_layer) if number in inserted else None
@@ -155,15 +163,15 @@ class LocalTransformer(nn.Cell):
 
     def generate(
         self,
-        prime,
-        seq_len,
-        temperature=1.0,
-        filter_thres=0.9,
-        use_kv_cache=True,
-        top_k=None,
-        top_p=None,
-        seed=None,
-    ):
+        prime: ms.Tensor,
+        seq_len: int,
+        temperature: float = 1.0,
+        filter_thres: float = 0.9,
+        use_kv_cache: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> ms.Tensor:
         """Continue sequences.
 
         With learned absolute positions the context restarts from its newest half where they run out.
@@ -188,15 +196,17 @@ class LocalTransformer(nn.Cell):
         """
         from local_attention.decoding import UncachedSession, generate_tokens, session_for
 
-        prime = prime.asnumpy()
+        sequences = prime.asnumpy()
+        batch = len(sequences)
+        session = session_for(self, batch) if use_kv_cache else UncachedSession(self, batch)
         if top_k is None and top_p is None:
-            top_k = max(int((1 - filter_thres) * self.num_tokens), 1)
+            top_k = max(int((1 - filter_thres) * session.num_tokens), 1)
         if seed is None:
-            seed = np.random.randint(2**32, dtype=np.int64)
-        session = session_for(self, len(prime)) if use_kv_cache else UncachedSession(self, len(prime))
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=int(seed))
-        drawn = generate_tokens(session, prime, seq_len, **sampling)
-        return ms.Tensor(np.stack([np.zeros(len(prime), np.int32), *drawn], 1)[:, 1:])
+            seed = int(np.random.randint(2**32, dtype=np.int64))
+        sampled = generate_tokens(
+            session, sequences, seq_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        return ms.Tensor(np.stack([np.zeros(batch, np.int32), *sampled], 1)[:, 1:])
 
     def hidden(self, x, mask=None, ngram_rows=None):
         """Tokens ``(b, n)`` (with ``num_tokens=None``: ``(b, n, dim)``) to the last layer's output ``(b, n, dim)``."""

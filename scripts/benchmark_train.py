@@ -104,7 +104,7 @@ def ours(arguments):
         from local_attention.training.step import TrainStep
 
         model = LocalTransformer(**model_options(arguments))
-        train = TrainStep(model, build_optimizer(OptimizerConfig(), model.trainable_params()), 1, clip_norm=0.5)
+        train = TrainStep(model, build_optimizer(OptimizerConfig("adam"), model.trainable_params()), 1, clip_norm=0.5)
         train.set_train()
         batch = Tensor(crops(arguments)[None])
 

@@ -16,7 +16,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.checkpoint import Checkpoints, shapes_of
-from local_attention.training.config import flat
+from local_attention.training.keys import flat
 
 HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
 OF_NO_INTEREST = ("run_dir", "resume")

@@ -9,7 +9,7 @@ from local_attention.training.command import command
 from local_attention.training.config import EvaluateConfig, evaluate_config, fill_from_checkpoint
 
 
-@command("evaluate", EvaluateConfig, text=("run", "checkpoint", "data.path", "data.dir"))
+@command("evaluate", EvaluateConfig)
 def main(composed):
     config = evaluate_config(composed)  # what is wrong whatever the checkpoint ends here, before the slow imports
 

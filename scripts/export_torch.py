@@ -3,22 +3,28 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from local_attention.options import Help
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, parse, require_run_or_file
+from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import keys_for, parse
 from scripts.torch_files import require_ending, write_state
 
 
+@keys_for("export_torch")
 @dataclass
 class ExportConfig:
     """Which weights go where."""
 
-    run: str | None = None
-    checkpoint: str = "best"
-    output: str | None = None
+    run: Run = None
+    checkpoint: Checkpoint = "best"
+    output: Annotated[
+        str | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
+    ] = None
 
 
 def export_config(config):
@@ -33,7 +39,7 @@ def export_config(config):
     return export
 
 
-@command("export_torch", ExportConfig, text=("run", "checkpoint", "output"))
+@command("export_torch", ExportConfig)
 def main(composed):
     config = export_config(composed)  # every mistake but a wrong run ends here, before the imports that take seconds
 

@@ -4,49 +4,54 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from local_attention.options import Help
 from local_attention.training.command import command
-from local_attention.training.config import MODEL_RANGES, ModelConfig, as_dict, check_model, check_ranges, parse
+from local_attention.training.config import ModelConfig, RunConfig, check_model
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict, keys_for, parse
 from scripts.torch_files import read_state, require_ending
 
-
-@dataclass
-class ImportedModelConfig(ModelConfig):
-    """Keyword arguments of ``LocalTransformer``. None: as the weights say, which is all but the window size."""
-
-    num_tokens: int | None = None
-    max_seq_len: int | None = None
-    dim: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    dim_head: int | None = None
-    ff_mult: float | None = None
-    num_residual_streams: int | None = None
-    local_attn_window_size: int | None = None
-    use_abs_pos_emb: bool | None = None
-    use_dynamic_pos_bias: bool | None = None
-    qk_rmsnorm: bool | None = None
-    gate_values_per_head: bool | None = None
+# What the weights tell of their model, all but the size of its windows.
+TOLD_BY_WEIGHTS = (
+    *("num_tokens", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult", "num_residual_streams"),
+    *("use_abs_pos_emb", "use_dynamic_pos_bias", "qk_rmsnorm", "gate_values_per_head"),
+)
 
 
+def unless_given(name, otherwise):
+    """The field ``name`` of :class:`ModelConfig`, None by default."""
+    declared = get_type_hints(ModelConfig, include_extras=True)[name]
+    return name, Annotated[declared | None, Help(none=otherwise)], None
+
+
+ImportedModelConfig = make_dataclass(
+    "ImportedModelConfig",
+    [unless_given(name, "as the weights say") for name in TOLD_BY_WEIGHTS]
+    + [unless_given("local_attn_window_size", "must be given, as no weights tell it")],
+    bases=(ModelConfig,),
+    kw_only=True,
+)
+
+
+@keys_for("import_torch")
 @dataclass
 class ImportConfig:
     """What becomes a run, and of which model the weights are."""
 
-    weights: str | None = None
-    run_dir: str | None = None
+    weights: Annotated[str | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")] = None
+    run_dir: Annotated[str | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
 
 
 def import_config(config):
     """Turn what Hydra composed into a checked :class:`ImportConfig`; raises :class:`UsageError`."""
     imported = parse(ImportConfig, config)
-    check_ranges(imported, MODEL_RANGES)
     if not imported.weights:
         raise UsageError("expected the weights to import, such as weights=model.pt")
     require_ending("weights", imported.weights)
@@ -68,8 +73,7 @@ def complete(config, state):
         given = getattr(config.model, key)
         if given is not None and given != value:
             raise UsageError(f"model.{key}={json.dumps(given)}: expected {json.dumps(value)}, as in {config.weights}")
-    model = ModelConfig(**as_dict(replace(config.model, **found)))
-    check_ranges(replace(config, model=model), MODEL_RANGES)
+    model = parse(RunConfig, {"model": as_dict(replace(config.model, **found))}).model
     check_model(model)
     return model
 
@@ -141,7 +145,7 @@ def simplest_ff_mult(dim, inner):
         digits += 1
 
 
-@command("import_torch", ImportConfig, text=("weights", "run_dir"))
+@command("import_torch", ImportConfig)
 def main(composed):
     config = import_config(composed)  # what is wrong whatever the weights ends here, before the slow imports
 

@@ -4,7 +4,6 @@ import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 
-from local_attention.training.config import as_dict
 from local_attention.training.errors import UsageError
 
 
@@ -34,20 +33,7 @@ def original_arguments(config):
     Raises:
         UsageError: for what the original cannot be.
     """
-    if config.scale is not None:
-        raise UsageError(f"model.scale={config.scale}: the original has no model with another scale than the default")
-    if not config.use_rotary_pos_emb and not config.use_dynamic_pos_bias:
-        raise UsageError(
-            "model.use_rotary_pos_emb=false: the original has no model without rotary embeddings but one with "
-            "model.use_dynamic_pos_bias=true"
-        )
-    if config.use_dynamic_pos_bias and config.look_backward != 1:
-        raise UsageError(
-            f"model.look_backward={config.look_backward} with model.use_dynamic_pos_bias=true: the original's bias is "
-            "for one window back and no other number"
-        )
-    if config.max_ngram > 1:
-        raise UsageError(f"model.max_ngram={config.max_ngram}: the original has no embeddings of n-grams")
-    ours_alone = {"scale", "use_rotary_pos_emb", "max_ngram", "ngram_buckets", "ngram_dim"}
-    ours_alone |= {"use_abs_pos_emb"}  # without these positions, the original's are zeros
-    return {key: value for key, value in as_dict(config).items() if key not in ours_alone}
+    try:
+        return config.original_arguments()
+    except ValueError as error:
+        raise UsageError(f"model.{error}") from None

@@ -11,7 +11,7 @@ from local_attention.training.config import ScoreConfig, score_config
 PIECE = 2**14  # bytes read at once
 
 
-@command("score", ScoreConfig, text=("run", "checkpoint", "file"))
+@command("score", ScoreConfig)
 def main(composed):
     config = score_config(composed)  # every mistake in the config ends here, before the imports that take seconds
 

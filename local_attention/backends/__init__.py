@@ -23,22 +23,26 @@ def options_in_use(options: Any) -> set[str]:
     return {f.name for f in fields(options) if f.default is MISSING or getattr(options, f.name) != f.default}
 
 
-def choose_backend(backends: Sequence[type], cell: Any) -> type:
-    """The first of ``backends`` that computes all options of ``cell`` and can run here.
+def can_compute(backend: Any, cell: Any) -> bool:
+    """Whether a backend declares all options that ``cell`` uses, and can run here.
 
     Args:
-        backends: classes with ``computes``, a set of the names of options, and ``is_available(cell)``.
+        backend: a class with ``computes``, a set of names of options, and ``is_available(cell)``.
         cell: a cell with ``options``, the dataclass of its options.
+    """
+    return options_in_use(cell.options) <= backend.computes and backend.is_available(cell)
+
+
+def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
+    """The first of ``backends`` that :func:`can_compute` a cell.
 
     Raises:
         NotImplementedError: naming the options that none of them computes.
     """
-    used = options_in_use(cell.options)
     for backend in backends:
-        if used <= backend.computes and backend.is_available(cell):
+        if can_compute(backend, cell):
             return backend
-    known = set().union(*(backend.computes for backend in backends))
+    unknown = options_in_use(cell.options).difference(*(backend.computes for backend in backends))
     names = ", ".join(backend.__name__ for backend in backends)
-    raise NotImplementedError(
-        f"{type(cell).__name__}: none of {names} computes {', '.join(sorted(used - known)) or 'these options together'}"
-    )
+    what = ", ".join(sorted(unknown)) or "these options together"
+    raise NotImplementedError(f"{type(cell).__name__}: none of {names} computes {what}")

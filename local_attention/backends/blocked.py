@@ -24,7 +24,7 @@ class BlockedAttention(nn.Cell):
     })
     # fmt: on
 
-    def __init__(self, attention):
+    def __init__(self, attention: nn.Cell) -> None:
         super().__init__()
         self.rotary, self.self_value = attention.rel_pos, attention.self_value
         self.use_xpos = attention.use_xpos and attention.rel_pos is not None
@@ -33,7 +33,7 @@ class BlockedAttention(nn.Cell):
         self.attend_with_dropout = AttendWithDropout() if self.dropout is not None else None
 
     @staticmethod
-    def is_available(attention):
+    def is_available(attention: nn.Cell) -> bool:
         return True
 
     def construct(self, q, k, v, spec, mask=None, attn_bias=None):

@@ -2,7 +2,7 @@
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from local_attention.kernels import kernels_run, operator
 
@@ -23,10 +23,10 @@ class CachedMHAOperator(nn.Cell):
     # fmt: on
 
     @staticmethod
-    def is_available(mha):
+    def is_available(mha: nn.Cell) -> bool:
         return mha.norm is not None and kernels_run(mha)
 
-    def __init__(self, mha, keys, values):
+    def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.mha, self.keys, self.values = mha, keys, values
         self.attend_to_cache = operator("attend_to_cache")
@@ -56,7 +56,7 @@ class FeedForwardOperator(nn.Cell):
     computes = frozenset({"dim", "mult", "dropout"})
     is_available = staticmethod(kernels_run)
 
-    def __init__(self, feed_forward):
+    def __init__(self, feed_forward: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.ff, self.feed_forward = feed_forward, operator("feed_forward")
 

@@ -1,4 +1,4 @@
-"""Drawing the next token."""
+"""Sampling the next token."""
 
 from typing import NamedTuple
 
@@ -10,22 +10,24 @@ from local_attention.masks import MASK_VALUE
 
 
 class SamplingRule(NamedTuple):
-    """What :class:`Sampler` needs beside logits and random numbers; made by :func:`sampling_rule`."""
+    """The distribution that :class:`Sampler` samples from; made by :func:`sampling_rule`."""
 
     inverse_temperature: np.ndarray  # (1, 1) float32
-    rank_bias: np.ndarray  # (1, num_tokens) float32, 0 for as many of the likeliest as may be drawn
+    rank_bias: np.ndarray  # (1, num_tokens) float32, additive: 0 for the ranks that may be sampled
     top_p: np.ndarray  # (1, 1) float32
 
 
-def sampling_rule(num_tokens, temperature=1.0, top_k=None, top_p=None):
-    """The distribution to draw from.
+def sampling_rule(
+    num_tokens: int, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> SamplingRule:
+    """The distribution to sample from.
 
     Args:
         num_tokens: size of the vocabulary.
-        temperature: divides the logits; 0 puts all weight on the largest.
+        temperature: divides the logits; 0 takes the most likely token.
         top_k: keep only the ``top_k`` most likely tokens.
-        top_p: keep the most likely tokens until their sum reaches ``top_p`` (nucleus sampling, Holtzman et al. 2020,
-            arXiv 1904.09751); always at least one.
+        top_p: keep the most likely tokens until the sum of their probabilities reaches ``top_p`` (nucleus sampling,
+            Holtzman et al. 2020, arXiv 1904.09751); always at least one.
 
     Returns:
         A :class:`SamplingRule`.
@@ -40,32 +42,32 @@ def sampling_rule(num_tokens, temperature=1.0, top_k=None, top_p=None):
     ranks = np.arange(num_tokens)[None]
     kept = ranks < (num_tokens if top_k is None else top_k)
     return SamplingRule(
-        np.full((1, 1), 1 / max(temperature, 1e-30), np.float32),  # larger, the divided logits would overflow
+        np.full((1, 1), 1 / max(temperature, 1e-30), np.float32),  # with a larger factor, the logits would overflow
         np.where(kept, 0, MASK_VALUE).astype(np.float32),
         np.full((1, 1), 1.0 if top_p is None else top_p, np.float32),
     )
 
 
 class Sampler(nn.Cell):
-    """Draws a token for each row of ``logits: (b, num_tokens)``, in the graph that computes them.
+    """Samples a token for each row of ``logits: (b, num_tokens)``, in the graph that computes them.
 
-    Tokens are ordered from the likeliest on; the one is drawn at which the running sum of their probabilities passes
-    ``uniforms: (b, 1)``, float32 numbers from [0, 1), times the sum of those that are kept.
+    The tokens are sorted by probability. The sampled one is the first at which the cumulative probability exceeds
+    ``uniforms: (b, 1)``, float32 numbers from [0, 1), times the total probability of the kept tokens.
     """
 
-    def __init__(self, num_tokens):
+    def __init__(self, num_tokens: int) -> None:
         super().__init__()
         self.num_tokens = num_tokens
-        self.softmax, self.running_sum, self.gather = ops.Softmax(-1), ops.CumSum(), ops.GatherD()
+        self.softmax, self.cumsum, self.gather = ops.Softmax(-1), ops.CumSum(), ops.GatherD()
 
     def construct(self, logits, uniforms, inverse_temperature, rank_bias, top_p):
         """The last three are a :class:`SamplingRule`. Returns ``(b,)`` int32."""
         logits, order = ops.topk(logits, self.num_tokens)
         p = self.softmax(logits * inverse_temperature + rank_bias)
-        after = self.running_sum(p, 1)
+        after = self.cumsum(p, 1)
         before = after - p
         kept = (after * (before < top_p).astype(p.dtype)).max(1, keepdims=True)
-        # never the first token beyond those kept, although a product with a number just below 1 may be rounded up
+        # the factor keeps rounding from reaching the first token that is not kept
         passed = (before <= uniforms * kept * (1 - 2.0**-20)).astype(p.dtype)
         rank = passed.sum(1, keepdims=True).astype(ms.int32) - 1
         return self.gather(order, 1, rank).reshape(-1)

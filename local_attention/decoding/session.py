@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mindspore import Tensor, nn
 
+from local_attention.backends import can_compute
 from local_attention.backends.cached_cpu import CachedMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.interface import DecodableModel
@@ -100,8 +101,7 @@ class Session(ABC):
 
     def truncate_prompt(self, tokens: np.ndarray) -> np.ndarray:
         """Commit those of ``tokens: (b, n)`` that the last restart of the context leaves out, and return the others."""
-        beyond = 0 if self.max_context is None else self.position + tokens.shape[1] - self.max_context
-        if beyond <= 0:
+        if self.max_context is None or (beyond := self.position + tokens.shape[1] - self.max_context) <= 0:
             return tokens
         between_restarts = self.max_context - self.max_context // 2
         others = 1 + (beyond - 1) % between_restarts
@@ -170,7 +170,7 @@ class DecodingSession(Session):
         use_kernels: bool | None = None,
     ) -> None:
         super().__init__(model, batch)
-        can_use_kernels = all(CachedMHAOperator.is_available(layer.attention) for layer in model.layers)
+        can_use_kernels = all(can_compute(CachedMHAOperator, layer.attention) for layer in model.layers)
         if use_kernels and not can_use_kernels:
             raise ValueError(
                 "expected use_kernels=False: the operators need Linux, a C++ compiler when pip installs this package, "
@@ -235,21 +235,11 @@ class DecodingSession(Session):
         Returns:
             What was sampled after each, ``(b, m)``, and the logits for it, ``(b, m, num_tokens)``.
         """
-        count, given = uniforms.shape[1], tokens.shape[1]
-
-        def padded(array: np.ndarray, dtype: type) -> np.ndarray:
-            return np.pad(array, ((0, 0), (0, self.steps_per_call - array.shape[1]))).T.astype(dtype)
-
-        is_sampled = np.tile(np.arange(self.steps_per_call)[:, None] >= given, (1, self.batch))
-        arguments = (
-            np.array(count, np.int32),
-            padded(tokens, np.int32),
-            is_sampled.astype(np.int32),
-            previous,
-            padded(uniforms, np.float32)[..., None],
-            *rule,
-            *self.cache.step_inputs(position, self.steps_per_call, 1, 1),
-        )
+        count, max_steps = uniforms.shape[1], self.steps_per_call
+        given = np.pad(tokens, ((0, 0), (0, max_steps - tokens.shape[1])), constant_values=-1).T.astype(np.int32)
+        uniforms = np.pad(uniforms, ((0, 0), (0, max_steps - count))).T[..., None].astype(np.float32)
+        inputs = self.cache.step_inputs(position, max_steps, 1, 1)
+        arguments = (np.array(count, np.int32), given, previous, uniforms, *rule, *inputs)
         sampled, logits = self.graph(1)(*map(Tensor, arguments))
         # copies, because the next call overwrites the arrays
         return sampled.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from local_attention.backends import choose_backend
+from local_attention.backends import can_compute, choose_backend
 from local_attention.backends.cached import CachedMHA
 from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
 from local_attention.decoding.cache import KVCache
@@ -37,13 +37,14 @@ class DecodeStep(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.batch, self.count, self.slots_per_row = model, batch, count, cache.length + 1
-        backends = [CachedMHAOperator, CachedMHA] if use_kernels and count == 1 else [CachedMHA]
+        use_kernels = use_kernels and count == 1
+        backends = [CachedMHAOperator, CachedMHA] if use_kernels else [CachedMHA]
         remaining = iter(global_cells)
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values):
             attention = choose_backend(backends, layer.attention)(layer.attention, keys, values)
             feed_forward = layer.feed_forward
-            if isinstance(attention, CachedMHAOperator):
+            if use_kernels and can_compute(FeedForwardOperator, feed_forward):
                 feed_forward = FeedForwardOperator(feed_forward)
             global_attention = next(remaining) if layer.global_attention is not None else None
             layers.append(layer.with_branches(attention, feed_forward, global_attention))
@@ -87,13 +88,12 @@ class DecodeLoop(nn.Cell):
         self.sampled = output("sampled", (steps_per_call, step.batch), np.int32)
         self.logits = output("logits", (steps_per_call, step.batch, num_tokens), np.float32)
 
-    def construct(self, count, given, is_sampled, previous, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
+    def construct(self, count, given, previous, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
         """Decode ``count`` tokens per sequence, and sample one after each.
 
         Args:
             count: () int32, at most ``steps_per_call``.
-            given: ``(steps_per_call, b)`` int32, the tokens to decode; 0 for those sampled just before.
-            is_sampled: ``(steps_per_call, b)`` int32, 1 for those.
+            given: ``(steps_per_call, b)`` int32, the tokens to decode; -1: the one sampled just before.
             previous: see :class:`DecodeStep`.
             uniforms: ``(steps_per_call, b, 1)`` float32, a random number from [0, 1) for each token to sample.
             inverse_temperature, rank_bias, top_p: see :class:`Sampler`.
@@ -109,7 +109,8 @@ class DecodeLoop(nn.Cell):
             step_inputs = ()
             for stacked in inputs:
                 step_inputs = step_inputs + (ops.gather(stacked, i, 0),)
-            tokens = (ops.gather(given, i, 0) + ops.gather(is_sampled, i, 0) * sampled).reshape((-1, 1))
+            tokens = ops.gather(given, i, 0)
+            tokens = ops.select(tokens < 0, sampled, tokens).reshape((-1, 1))
             logits = self.step(tokens, previous, *step_inputs)
             if self.use_ngrams:
                 previous = ops.cat((previous, 1 + tokens), 1)[:, 1:]

@@ -1,7 +1,8 @@
 """From configs and checkpoints to models."""
 
 from local_attention.training.checkpoint import read, restore
-from local_attention.training.config import ModelConfig, as_dict, parse
+from local_attention.training.config import ModelConfig
+from local_attention.training.keys import as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 

@@ -1,260 +1,215 @@
-"""The typed configuration of a run, and all its checks, before anything is compiled."""
+"""The typed configuration of each command, and all its checks, before anything is compiled.
 
-import difflib
+Each key is declared once, by a field: name, type, range, default and one line of help; see ``local_attention.options``.
+"""
+
 import math
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from annotated_types import Ge, Gt, Le, Lt
+from omegaconf import DictConfig
 
+from local_attention.options import (
+    Depth,
+    Dim,
+    ExactWindowSize,
+    Help,
+    LanguageModelOptions,
+    LocalTransformerOptions,
+    MaxSeqLen,
+    WindowSize,
+)
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict, keys_for, parse
+
+Run = Annotated[str | None, Help("run directory")]
+Checkpoint = Annotated[str, Help("best, last or a checkpoint file, which needs no run")]
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+Count = Annotated[int, Ge(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, Gt(0)]
+
+
+Source = Annotated[
+    Literal["enwik8", "stdlib", "file"],
+    Help("the first 10^8 bytes of English Wikipedia, the sources of Python's standard library, or any file"),
+]
 
 
 @dataclass
-class DataConfig:
+class OtherDataConfig:
+    """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
+
+    source: Annotated[Source | None, Help(none="the data of the run")] = None
+    path: Annotated[str | None, Help("the file: raw, .gz, .xz, .bz2 or .zip, detected from its content")] = None
+    dir: Annotated[str | None, Help("folder of enwik8, which is downloaded to it if necessary", none="data/")] = None
+    fallback: Annotated[
+        Literal["stdlib"] | None,
+        Help("what to use if enwik8 is absent and cannot be downloaded", none="end with an error"),
+    ] = None
+    max_bytes: Annotated[Count | None, Help("use only that many bytes, from the beginning", none="all")] = None
+
+
+@dataclass
+class DataConfig(OtherDataConfig):
     """Which bytes: see ``data.load``."""
 
-    source: str = "enwik8"
-    path: str | None = None
-    dir: str | None = None
-    fallback: str | None = None
-    max_bytes: int | None = None
+    source: Source = "enwik8"
 
 
-@dataclass
-class ModelConfig:
-    """Keyword arguments of ``LocalTransformer``."""
+@dataclass(kw_only=True)
+class ModelConfig(LanguageModelOptions):
+    """Keyword arguments of ``LocalTransformer``; by default the model of the original's enwik8 example."""
 
-    num_tokens: int = 256
-    max_seq_len: int = 1024
-    dim: int = 512
-    depth: int = 6
-    heads: int = 8
-    dim_head: int = 64
-    ff_mult: float = 4.0
-    num_residual_streams: int = 1
-    attn_dropout: float = 0.0
-    ff_dropout: float = 0.0
-    local_attn_window_size: int = 256
-    look_backward: int = 1
-    exact_windowsize: bool = True
-    use_abs_pos_emb: bool = True
-    use_rotary_pos_emb: bool = True
-    use_xpos: bool = False
-    xpos_scale_base: float | None = None
-    use_dynamic_pos_bias: bool = False
-    scale: float | None = None
-    qk_rmsnorm: bool = False
-    qk_scale: float = 8.0
-    shared_qk: bool = False
-    gate_values_per_head: bool = False
-    max_ngram: int = 1
-    ngram_buckets: int = 65521
-    ngram_dim: int = 48
+    num_tokens: Annotated[int, Ge(256), Help("size of the vocabulary, at least one token per value of a byte")] = 256
+    max_seq_len: Annotated[MaxSeqLen, Help("train.seq_len unless given")] = 1024
+    dim: Dim = 512
+    depth: Depth = 6
+    local_attn_window_size: WindowSize = 256
+    exact_windowsize: ExactWindowSize = True
 
 
 @dataclass
 class OptimizerConfig:
     """See ``training.optimizer``."""
 
-    name: str = "adam"
-    lr: float = 2e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    ngram_lr: float = 0.1
-    muon_lr: float = 0.02
-    momentum: float = 0.95
+    name: Annotated[Literal["adam", "adamw", "muon"], Help("set by optimizer=")] = "adamw"
+    lr: Annotated[Positive, Help("peak learning rate, which the schedule scales; with muon that of AdamW")] = 1e-3
+    beta1: Annotated[Decay, Help("decay of the mean of the gradients")] = 0.9
+    beta2: Annotated[Decay, Help("decay of the mean of the squared gradients")] = 0.99
+    eps: Annotated[Positive, Help("keeps the division by the root of that mean finite")] = 1e-8
+    weight_decay: Annotated[
+        float, Ge(0), Help("fraction of a weight that a step removes, times lr; not for norms and embeddings, nor adam")
+    ] = 0.1
+    ngram_lr: Annotated[Positive, Help("peak learning rate of n-grams' embeddings, by Adagrad")] = 0.1
+    muon_lr: Annotated[Positive, Help("peak learning rate of the matrices within layers, with muon")] = 0.02
+    momentum: Annotated[Decay, Help("decay of the sum of their gradients, with muon")] = 0.95
 
 
 @dataclass
 class ScheduleConfig:
     """See ``training.schedule``."""
 
-    name: str = "constant"
-    warmup_steps: int = 0
-    decay_fraction: float = 0.2
-    final_fraction: float = 0.0
+    name: Annotated[Literal["constant", "cosine", "wsd"], Help("set by schedule=; wsd: warm-up, stable, decay")] = (
+        "cosine"
+    )
+    warmup_steps: Annotated[int, Ge(0), Help("steps in which the learning rate rises linearly to its peak")] = 100
+    decay_fraction: Annotated[Fraction, Help("fraction of the run, at its end, in which it decays")] = 1.0
+    final_fraction: Annotated[Fraction, Help("learning rate at the end, as a fraction of the peak")] = 0.1
 
 
 @dataclass
 class TrainConfig:
     """Sizes, length and events of a run; the events in optimizer steps."""
 
-    seq_len: int = 1024
-    batch_size: int = 4
-    grad_accum_every: int = 1
-    max_steps: int | None = 1000
-    max_minutes: float | None = None
-    clip_norm: float = 0.5
-    max_bad_steps: int = 10
-    log_every: int = 10
-    eval_every: int = 100
-    eval_bytes: int = 100_000
-    checkpoint_every: int = 100
-    keep_last: int = 2
-    generate_every: int = 500
-    generate_length: int = 256
-    profile: bool = False
+    seq_len: Annotated[Count, Help("bytes per sequence, besides the one it is shifted by")] = 1024
+    batch_size: Annotated[Count, Help("sequences per micro-batch of each process")] = 4
+    grad_accum_every: Annotated[Count, Help("micro-batches per step")] = 4
+    max_steps: Annotated[Count | None, Help("the run ends after that many steps", none="no limit")] = 10000
+    max_minutes: Annotated[Positive | None, Help("or after that many minutes of training", none="no limit")] = None
+    clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
+    max_bad_steps: Annotated[
+        Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
+    ] = 10
+    log_every: Annotated[Count, Help("steps from one line of metrics to the next")] = 10
+    eval_every: Annotated[Count, Help("steps from one evaluation to the next")] = 250
+    eval_bytes: Annotated[Count, Help("bytes that these score, from the beginning of the validation split")] = 100_000
+    checkpoint_every: Annotated[Count, Help("steps from one checkpoint to the next; the end saves one, too")] = 250
+    keep_last: Annotated[Count, Help("newest checkpoints to keep, besides the best")] = 2
+    generate_every: Annotated[Count, Help("steps from one sample to the next")] = 500
+    generate_length: Annotated[Count, Help("bytes per sample")] = 256
+    profile: Annotated[bool, Help("write the operators' times of a few steps to profile.csv")] = False
 
 
 @dataclass
 class DeviceConfig:
-    """Where MindSpore runs: auto, CPU, GPU or Ascend."""
+    """Where MindSpore runs."""
 
-    target: str = "auto"
+    target: Annotated[Literal["auto", "CPU", "GPU", "Ascend"], Help("where MindSpore runs")] = "auto"
 
 
+@keys_for("train")
 @dataclass
 class RunConfig:
     """A whole run."""
 
+    train: TrainConfig = field(default_factory=TrainConfig)  # first: model.max_seq_len follows train.seq_len
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
-    parallel: str = "none"
-    run_dir: str | None = None
-    resume: str | None = "auto"
-    seed: int = 0
+    parallel: Annotated[
+        Literal["none", "data"], Help("data: one of the processes that msrun or scripts/launch.sh started")
+    ] = "none"
+    run_dir: Annotated[str | None, Help("where the run writes", none="runs/<experiment>/<time>")] = None
+    resume: Annotated[
+        str | None,
+        Help("auto: continue the run in run_dir, if any; or a run directory or checkpoint", none="refuse to continue"),
+    ] = "auto"
+    seed: Annotated[Seed, Help("of the weights, the order of sequences and the samples")] = 0
 
 
+@keys_for("generate")
 @dataclass
 class GenerateConfig:
     """What ``generate.py`` samples."""
 
-    run: str | None = None
-    checkpoint: str = "best"
-    prompt: str = ""
-    prompt_file: str | None = None
-    length: int = 1024
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = 0.95
-    num_samples: int = 1
-    seed: int = 0
+    run: Run = None
+    checkpoint: Annotated[str, Help("best, last or a checkpoint file")] = "best"
+    prompt: Annotated[str, Help("text to continue; empty: a newline")] = ""
+    prompt_file: Annotated[str | None, Help("a file to continue instead; -: standard input")] = None
+    length: Annotated[int, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
+    temperature: Annotated[float, Ge(0), Help("divides the logits; 0: always the likeliest byte")] = 0.8
+    top_k: Annotated[Count | None, Help("sample among that many of the likeliest bytes", none="all")] = None
+    top_p: Annotated[
+        float | None, Gt(0), Le(1), Help("sample among the likeliest bytes of this total probability", none="all")
+    ] = 0.95
+    num_samples: Annotated[Count, Help("continuations")] = 1
+    seed: Annotated[Seed, Help("the same seed, prompt and checkpoint give the same bytes")] = 0
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-@dataclass
-class OtherDataConfig(DataConfig):
-    """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
-
-    source: str | None = None
-
-
+@keys_for("evaluate")
 @dataclass
 class EvaluateConfig:
-    """What ``scripts/evaluate.py`` scores. None for a size or in ``data``: as in the run; for ``stride``: seq_len."""
+    """What ``scripts/evaluate.py`` scores. None in ``data``: as in the run."""
 
-    run: str | None = None
-    checkpoint: str = "best"
-    split: str = "test"
-    seq_len: int | None = None
-    stride: int | None = None
-    batch_size: int | None = None
+    run: Run = None
+    checkpoint: Checkpoint = "best"
+    split: Annotated[Literal["train", "val", "test"], Help("which part of the data")] = "test"
+    seq_len: Annotated[Count | None, Help("bytes that the model sees at once", none="train.seq_len of the run")] = None
+    stride: Annotated[
+        Count | None, Help("bytes from one sequence to the next, at most seq_len", none="seq_len, so that none overlap")
+    ] = None
+    batch_size: Annotated[
+        Count | None, Help("sequences that the model sees at once", none="train.batch_size of the run")
+    ] = None
     data: OtherDataConfig = field(default_factory=OtherDataConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
+@keys_for("score")
 @dataclass
 class ScoreConfig:
     """What ``scripts/score.py`` scores."""
 
-    run: str | None = None
-    checkpoint: str = "best"
-    file: str | None = None
+    run: Run = None
+    checkpoint: Checkpoint = "best"
+    file: Annotated[str | None, Help("the text to score; -: standard input")] = None
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-# key -> what is allowed there, and how to say it. A value of None is allowed where its type says so, and not checked.
-POSITIVE = (lambda value: value > 0, "a number above 0")
-NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
-FRACTION = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
-BELOW_1 = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def one_of(*names):
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-
-def between(low, high):
-    return (lambda value: low <= value <= high), f"a number from {low} to {high}"
-
-
-DATA_RANGES = {
-    "data.source": one_of("enwik8", "stdlib", "file"),
-    "data.fallback": one_of("stdlib"),
-    "data.max_bytes": POSITIVE,
-}
-DEVICE_RANGES = {"device.target": one_of("auto", "CPU", "GPU", "Ascend")}
-MODEL_RANGES = {
-    "model.num_tokens": (lambda value: value >= 256, "256 or more, as tokens are bytes"),
-    **{f"model.{key}": POSITIVE for key in ("max_seq_len", "dim", "depth", "heads", "dim_head")},
-    "model.ff_mult": (lambda value: value >= 1, "1 or more"),
-    "model.num_residual_streams": POSITIVE,
-    "model.attn_dropout": BELOW_1,
-    "model.ff_dropout": BELOW_1,
-    "model.local_attn_window_size": POSITIVE,
-    "model.look_backward": NOT_NEGATIVE,
-    **{f"model.{key}": POSITIVE for key in ("xpos_scale_base", "scale", "qk_scale", "max_ngram", "ngram_dim")},
-    "model.ngram_buckets": between(2, 2**18),
-}
-RUN_RANGES = {  # train first, as model.max_seq_len follows train.seq_len
-    **{f"train.{key}": POSITIVE for key in ("seq_len", "batch_size", "grad_accum_every", "max_steps", "max_minutes")},
-    **{
-        f"train.{key}": POSITIVE
-        for key in ("clip_norm", "max_bad_steps", "log_every", "eval_every", "eval_bytes", "checkpoint_every")
-    },
-    **{f"train.{key}": POSITIVE for key in ("keep_last", "generate_every", "generate_length")},
-    **DATA_RANGES,
-    **MODEL_RANGES,
-    "optimizer.name": one_of("adam", "adamw", "muon"),
-    "optimizer.lr": POSITIVE,
-    "optimizer.beta1": BELOW_1,
-    "optimizer.beta2": BELOW_1,
-    "optimizer.eps": POSITIVE,
-    "optimizer.weight_decay": NOT_NEGATIVE,
-    "optimizer.ngram_lr": POSITIVE,
-    "optimizer.muon_lr": POSITIVE,
-    "optimizer.momentum": BELOW_1,
-    "schedule.name": one_of("constant", "cosine", "wsd"),
-    "schedule.warmup_steps": NOT_NEGATIVE,
-    "schedule.decay_fraction": FRACTION,
-    "schedule.final_fraction": FRACTION,
-    **DEVICE_RANGES,
-    "parallel": one_of("none", "data"),
-    "seed": between(0, 2**32 - 1),
-}
-GENERATE_RANGES = {
-    "length": NOT_NEGATIVE,
-    "temperature": NOT_NEGATIVE,
-    "top_k": POSITIVE,
-    "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "num_samples": POSITIVE,
-    "seed": between(0, 2**32 - 1),
-    **DEVICE_RANGES,
-}
-EVALUATE_RANGES = {
-    "split": one_of("train", "val", "test"),
-    **{key: POSITIVE for key in ("seq_len", "stride", "batch_size")},
-    **DATA_RANGES,
-    **DEVICE_RANGES,
-}
-
-
-def run_config(config):
+def run_config(config: DictConfig) -> RunConfig:
     """Turn what Hydra composed into a checked :class:`RunConfig`.
 
     Raises:
         UsageError: for an unknown key, a wrong type, a value out of range, values that do not go together.
     """
     run = parse(RunConfig, config)
-    check_ranges(run, RUN_RANGES)
     model, train = run.model, run.train
     if train.max_steps is None and train.max_minutes is None:
         raise UsageError("expected train.max_steps or train.max_minutes, got null for both: the run would never end")
@@ -273,15 +228,13 @@ def run_config(config):
     return run
 
 
-def check_model(model):
-    """Raise :class:`UsageError` for options of a ``ModelConfig`` that do not go together."""
-    rotary = model.use_rotary_pos_emb and not model.use_dynamic_pos_bias
-    if rotary and model.dim_head % 2:
-        raise UsageError(
-            f"model.dim_head={model.dim_head} is odd, but rotary embeddings turn pairs of channels: "
-            "use an even one, or model.use_rotary_pos_emb=false"
-        )
-    if model.use_xpos and not rotary:
+def check_model(model: ModelConfig) -> None:
+    """Raise :class:`UsageError` for options that do not go together."""
+    try:
+        attention = LocalTransformerOptions(**as_dict(model)).mha().attention()
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+    if model.use_xpos and not attention.use_rotary_pos_emb:
         raise UsageError(
             "model.use_xpos=true is for rotary embeddings, which model.use_rotary_pos_emb=false and "
             "model.use_dynamic_pos_bias=true turn off: use one or the other"
@@ -297,16 +250,11 @@ def check_model(model):
                 f"the decay of xPos with the base {scale_base:g} overflows over {span} bytes, a window and those it "
                 f"looks back: use model.xpos_scale_base={math.ceil(least)} or more"
             )
-    if model.scale is not None and model.qk_rmsnorm:
-        raise UsageError(
-            f"model.scale={model.scale} with model.qk_rmsnorm=true: expected model.qk_scale, which is the factor then"
-        )
 
 
-def generate_config(config):
+def generate_config(config: DictConfig) -> GenerateConfig:
     """Turn what Hydra composed into a checked :class:`GenerateConfig`; raises :class:`UsageError`."""
     generate = parse(GenerateConfig, config)
-    check_ranges(generate, GENERATE_RANGES)
     if not generate.run:
         raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
     if generate.prompt and generate.prompt_file:
@@ -316,38 +264,36 @@ def generate_config(config):
     return generate
 
 
-def evaluate_config(config):
+def evaluate_config(config: DictConfig) -> EvaluateConfig:
     """Turn what Hydra composed into a checked :class:`EvaluateConfig`; raises :class:`UsageError`."""
     evaluate = parse(EvaluateConfig, config)
-    check_ranges(evaluate, EVALUATE_RANGES)
     require_run_or_file(evaluate, "score")
     require_path(evaluate.data)
     return evaluate
 
 
-def score_config(config):
+def score_config(config: DictConfig) -> ScoreConfig:
     """Turn what Hydra composed into a checked :class:`ScoreConfig`; raises :class:`UsageError`."""
     score = parse(ScoreConfig, config)
-    check_ranges(score, DEVICE_RANGES)
     require_run_or_file(score, "score with")
     if not score.file:
         raise UsageError("expected the text to score: file=FILE, or file=- for standard input")
     return score
 
 
-def require_run_or_file(config, verb):
+def require_run_or_file(config: Any, verb: str) -> None:
     if not config.run and config.checkpoint in ("best", "last"):
         raise UsageError(
             f"expected the run to {verb}, such as run=runs/quickstart/2026-01-31_10-00-00, or checkpoint=FILE"
         )
 
 
-def require_path(data):
+def require_path(data: OtherDataConfig) -> None:
     if data.source == "file" and not data.path:
         raise UsageError("data=file needs the file: data.path=FILE")
 
 
-def fill_from_checkpoint(config, meta):
+def fill_from_checkpoint(config: EvaluateConfig, meta: Mapping[str, Any]) -> EvaluateConfig:
     """An :class:`EvaluateConfig` without gaps: what ``config`` leaves to the run is as in the checkpoint's metadata.
 
     A ``data.source`` names other data, the rest of ``data`` with it. Without one, ``data`` holds changes to the data of
@@ -380,84 +326,10 @@ def fill_from_checkpoint(config, meta):
     return replace(config, seq_len=seq_len, stride=stride, batch_size=batch_size, data=parse(DataConfig, data))
 
 
-def data_of_run(meta):
+def data_of_run(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the bytes that a checkpoint was trained on, nothing else in their place; empty if unknown."""
     if "data" not in meta:
         return {}
     data = meta["config"]["data"]
     fell_back = data["fallback"] == meta["data"]["name"]
     return {**data, "source": data["fallback"] if fell_back else data["source"], "fallback": None}
-
-
-def parse(schema, config):
-    """An instance of the dataclass ``schema``, its values taken from ``config``, a mapping or an OmegaConf node."""
-    for name, annotation in typing.get_type_hints(schema).items():
-        if is_dataclass(annotation) and not isinstance(config.get(name, {}), dict | DictConfig):
-            raise UsageError(f"{name}={config[name]}: expected {name}.KEY=VALUE")
-    for key in OmegaConf.missing_keys(config) if OmegaConf.is_config(config) else ():
-        raise UsageError(f"{key}=???: expected a value, and ??? stands for none")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        raise UsageError(unknown_key(error.full_key, schema)) from None
-    except OmegaConfBaseException as error:
-        key = error.full_key or "the config"
-        expected = describe(type_at(schema, key))
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{key}: expected {expected}. {reason}" if expected else f"{key}: {reason}") from None
-
-
-def unknown_key(key, schema):
-    """What to say of a ``key`` that the dataclass ``schema`` does not have."""
-    groups = [name for name, annotation in typing.get_type_hints(schema).items() if is_dataclass(annotation)]
-    known = keys_of(schema) + groups
-    similar = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    return f"{key}: no such key" + (f"; did you mean {similar[0]}?" if similar else "; --help lists them")
-
-
-def keys_of(schema, prefix=""):
-    """The dotted keys of a tree of dataclasses."""
-    keys = []
-    for name, annotation in typing.get_type_hints(schema).items():
-        keys += keys_of(annotation, f"{prefix}{name}.") if is_dataclass(annotation) else [prefix + name]
-    return keys
-
-
-def type_at(schema, key):
-    """The annotation of the dotted ``key`` in a tree of dataclasses; None where there is no such key."""
-    for part in key.split("."):
-        hints = typing.get_type_hints(schema) if is_dataclass(schema) else {}
-        schema = hints.get(part)
-    return schema
-
-
-def describe(annotation):
-    """``int | None`` as "an int or null"; nothing for what is no plain value."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    options = typing.get_args(annotation) or (annotation,)
-    return " or ".join(names[option] for option in options) if all(option in names for option in options) else ""
-
-
-def check_ranges(config, ranges):
-    """Raise :class:`UsageError` for the first value of ``config`` that its entry of ``ranges`` does not allow."""
-    for key, (allowed, expected) in ranges.items():
-        value = config
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value is None:
-            continue
-        if (isinstance(value, float) and not math.isfinite(value)) or not allowed(value):
-            raise UsageError(f"{key}={value}: expected {expected}")
-
-
-def as_dict(config):
-    """A dataclass tree as plain dictionaries."""
-    return {f.name: as_dict(v) if is_dataclass(v := getattr(config, f.name)) else v for f in fields(config)}
-
-
-def flat(tree, prefix=""):
-    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
-    result = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result

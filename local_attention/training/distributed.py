@@ -11,8 +11,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import communication, nn, ops
 
-from local_attention.training.config import as_dict, flat
 from local_attention.training.errors import RunError, UsageError
+from local_attention.training.keys import as_dict, flat
 
 # Seconds that a worker on a CPU waits for another one, which may be writing a checkpoint or have died: MindSpore's own
 # 30 are short for a slow disk, and a minute is what a person waits for an error.

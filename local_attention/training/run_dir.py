@@ -10,9 +10,10 @@ from pathlib import Path
 import yaml
 
 from local_attention.training.checkpoint import Checkpoints, remove_leftovers, write_text
-from local_attention.training.config import RunConfig, as_dict, flat
+from local_attention.training.config import RunConfig
 from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.errors import CheckpointError, UsageError
+from local_attention.training.keys import as_dict, flat
 
 # What a continued run must share with the run that wrote the checkpoint.
 FIXED = ("model.", "seed", "data.fingerprint", "optimizer.name")

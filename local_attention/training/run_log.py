@@ -15,7 +15,7 @@ from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
-from local_attention.training.config import flat
+from local_attention.training.keys import flat
 
 LOGGERS = ("train", "data")
 NO_CURVES = ("kind", "step", "bytes_seen", "wall_s", "split", "whole_split", "prompt")  # in records

@@ -1,5 +1,4 @@
 import inspect
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from omegaconf import OmegaConf
 from local_attention import LocalAttention, LocalMHA, LocalTransformer
 from local_attention.training.config import (
     DataConfig,
-    DeviceConfig,
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
@@ -18,13 +16,12 @@ from local_attention.training.config import (
     RunConfig,
     ScheduleConfig,
     ScoreConfig,
-    as_dict,
     evaluate_config,
     generate_config,
-    keys_of,
     run_config,
     score_config,
 )
+from local_attention.training.keys import as_dict, keys_of
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
 
@@ -76,44 +73,46 @@ def leaves(tree, prefix=""):
 
 
 @pytest.mark.parametrize("group, name", [(group, name) for group, name in CHOICES if group != "experiment"])
-def test_a_run_has_every_key_of_the_dataclasses_whatever_is_chosen(group, name):
+def test_a_run_has_every_key_that_is_declared_whatever_is_chosen(group, name):
     composed = OmegaConf.to_container(compose("train", overrides_of(group, name)))
     assert set(leaves(composed)) == set(keys_of(RunConfig))
 
 
-def test_generate_has_every_key_of_its_dataclass_and_its_defaults():
-    composed = compose("generate", ["run=a"])
-    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(GenerateConfig))
-    assert generate_config(composed) == GenerateConfig(run="a", device=DeviceConfig())
+@pytest.mark.parametrize(
+    ("name", "overrides", "check", "expected"),
+    [
+        ("train", [], run_config, RunConfig()),
+        ("generate", ["run=a"], generate_config, GenerateConfig(run="a")),
+        ("evaluate", ["run=a"], evaluate_config, EvaluateConfig(run="a")),
+        ("score", ["run=a", "file=b"], score_config, ScoreConfig(run="a", file="b")),
+        ("export_torch", ["run=a", "output=a.pt"], export_config, ExportConfig(run="a", output="a.pt")),
+        (
+            "import_torch",
+            ["weights=a.pt", "run_dir=a", "model.local_attn_window_size=8"],
+            import_config,
+            ImportConfig("a.pt", "a", ImportedModelConfig(local_attn_window_size=8)),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_command_has_every_declared_key_and_its_default(name, overrides, check, expected):
+    composed = compose(name, overrides)
+    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(type(expected)))
+    assert check(composed) == expected
 
 
-def test_evaluate_has_every_key_of_its_dataclass_and_its_defaults():
-    composed = compose("evaluate", ["run=a"])
-    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(EvaluateConfig))
-    assert evaluate_config(composed) == EvaluateConfig(run="a")
+def test_every_key_can_be_given_without_a_plus():
+    keys = keys_of(RunConfig)
+    composed = compose("train", [f"{key}=1" for key in keys])
+    assert all(OmegaConf.select(composed, key) == 1 for key in keys)
 
 
-def test_score_has_every_key_of_its_dataclass_and_its_defaults():
-    composed = compose("score", ["run=a", "file=b"])
-    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ScoreConfig))
-    assert score_config(composed) == ScoreConfig(run="a", file="b")
-
-
-def test_import_torch_has_every_key_of_its_dataclass_and_its_defaults():
-    composed = compose("import_torch", ["weights=a.pt", "run_dir=a", "model.local_attn_window_size=8"])
-    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ImportConfig))
-    assert import_config(composed) == ImportConfig("a.pt", "a", ImportedModelConfig(local_attn_window_size=8))
-
-
-def test_export_torch_has_every_key_of_its_dataclass_and_its_defaults():
-    composed = compose("export_torch", ["run=a", "output=a.pt"])
-    assert set(leaves(OmegaConf.to_container(composed))) == set(keys_of(ExportConfig))
-    assert export_config(composed) == ExportConfig(run="a", output="a.pt")
-
-
-def test_a_model_is_by_default_that_of_the_dataclass():
-    """Whose values ``scripts/import_torch.py`` leaves out of the command that it prints."""
-    assert run_config(compose("train")).model == ModelConfig()
+@pytest.mark.parametrize("file", [file for file in FILES if file.parent.name in GROUPS], ids=identity)
+def test_a_choice_says_only_what_it_is_and_what_differs_from_the_default(file):
+    written = OmegaConf.to_container(OmegaConf.load(file))
+    defaults = as_dict(GROUPS[file.parent.name]())
+    for key in written.keys() - {"name", "source", "defaults"}:
+        assert written[key] != defaults[key], key
 
 
 @pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "data"])
@@ -143,38 +142,12 @@ def test_a_config_of_a_command_begins_with_the_command(file):
     assert (CONFIGS.parent / COMMANDS[file.stem]).exists()
 
 
-# Comments
-
-
-def documented_keys(file):
-    """``(dotted key, whether its line has a comment)`` of each value in a file, except what is Hydra's."""
-    group = file.parent.name if file.parent.name in GROUPS else ""
-    path = [group] if group else []
-    base = len(path)
-    for line in file.read_text().splitlines():
-        match = re.match(r"( *)(\w+):(.*)", line)
-        if not match:
-            continue
-        depth = base + len(match[1]) // 2
-        path[depth:] = [match[2]]
-        value, _, comment = match[3].partition(" #")
-        if path[0] not in ("hydra", "defaults") and value.strip():
-            yield ".".join(path), len(comment.split()) > 0
-
-
-def meanings(files):
-    """The keys that have a comment in one of the files."""
-    return {key for file in files for key, commented in documented_keys(file) if commented}
-
-
-@pytest.mark.parametrize("file", FILES, ids=identity)
-def test_each_key_has_a_comment_here_or_where_it_comes_from(file):
-    """A key need not be explained again in each file of its folder, nor one whose value is the name of its file."""
-    apart = {"generate", "evaluate", "score", "export_torch"}
-    explained = meanings([file] if file.stem in apart else [other for other in FILES if other.stem not in apart])
-    named = {f"{file.parent.name}.{key}" for key in ("name", "source")}
-    lacking = [key for key, _ in documented_keys(file) if key not in explained | named]
-    assert not lacking
+@pytest.mark.parametrize("schema", [RunConfig, GenerateConfig, EvaluateConfig, ScoreConfig, ImportConfig, ExportConfig])
+def test_each_key_has_one_line_of_help_one_type_and_if_a_number_a_range(schema):
+    for key, option in keys_of(schema).items():
+        assert len(option.help()) > 4 and "\n" not in option.help(), key
+        assert len({type(kind) if isinstance(kind, str) else kind for kind in option.kinds} - {type(None)}) == 1, key
+        assert bool(option.bounds) == bool({int, float} & set(option.kinds)), key
 
 
 @pytest.mark.parametrize("group", ["data", "optimizer", "schedule"])

@@ -15,10 +15,10 @@ def one_line_error(result, status=2):
     [
         (["train.max_stepz=3"], "did you mean train.max_steps?"),
         (["+surprise=3"], "surprise: no such key"),
-        (["train.max_steps=many"], "train.max_steps: expected a whole number"),
-        (["train.max_steps=0"], "train.max_steps=0: expected a number above 0"),
-        (["model.heads=0"], "model.heads=0: expected a number above 0"),
-        (["model.dim_head=15"], "model.dim_head=15 is odd"),
+        (["train.max_steps=many"], "train.max_steps=many: expected a whole number >= 1, or null"),
+        (["train.max_steps=0"], "train.max_steps=0: expected a whole number >= 1"),
+        (["model.heads=0"], "model.heads=0: expected a whole number >= 1"),
+        (["model.dim_head=15"], "an even head size, got dim_head = 15"),
         (["model.local_attn_window_size=24"], "train.seq_len=32 is not a multiple of model.local_attn_window_size=24"),
         (["data.path=missing.txt"], "missing.txt does not exist"),
         (["data.path=empty.txt"], "empty.txt is empty"),
@@ -44,7 +44,7 @@ def test_a_mistake_in_training_is_one_line_and_status_2(commands, overrides, exp
     [
         ([], "expected the run to sample from"),
         (["run=nowhere"], "nowhere: no such run directory"),
-        (["run=nowhere", "temperature=-1"], "temperature=-1.0: expected 0 or more"),
+        (["run=nowhere", "temperature=-1"], "temperature=-1: expected a number >= 0"),
         (["run=nowhere", "legth=3"], "did you mean length?"),
         (["run=nowhere", "prompt=a", "prompt_file=b"], "expected one of prompt and prompt_file"),
     ],

@@ -52,6 +52,12 @@ def test_each_option_has_one_line_of_help(schema, name):
 
 
 @pytest.mark.parametrize(("schema", "name"), DECLARED, ids=identity)
+def test_each_number_has_a_range(schema, name):
+    option = options_of(schema)[name]
+    assert bool(option.bounds) == bool({int, float} & set(option.kinds)) or name == "ignore_index"
+
+
+@pytest.mark.parametrize(("schema", "name"), DECLARED, ids=identity)
 def test_each_range_is_enforced(schema, name):
     option = options_of(schema)[name]
     for limit, included, outwards in limits_of(option):
@@ -87,14 +93,9 @@ def test_an_option_means_the_same_wherever_it_is_declared():
 
 @pytest.mark.parametrize("cell", CELLS, ids=identity)
 def test_a_constructor_takes_the_declared_options_with_their_defaults(cell):
-    arguments = {}
-    for taker in (LocalAttention, LocalMHA, cell) if cell is LocalTransformer else (LocalAttention, cell):
-        arguments |= inspect.signature(taker).parameters  # those that a constructor takes as **kwargs and hands on
-    arguments = {name: argument for name, argument in arguments.items() if name in options_of(CELLS[cell])}
+    arguments = inspect.signature(cell).parameters
     defaults = {name: MISSING if a.default is a.empty else a.default for name, a in arguments.items()}
     assert defaults == {name: option.default for name, option in options_of(CELLS[cell]).items()}
-    own = {name for name, a in inspect.signature(cell).parameters.items() if a.kind is not a.VAR_KEYWORD}
-    assert own <= defaults.keys()
 
 
 def test_local_attention_takes_its_options_in_the_order_of_the_original():
@@ -149,7 +150,7 @@ def test_a_constructor_that_accepts_options_shows_them():
         (LocalTransformerOptions, dict(layers_insert_global_attn=(1,)), "expected a global_attn_layer to insert"),
         (
             LocalTransformerOptions,
-            dict(global_attn_layer=object(), layers_insert_global_attn=(0, 3)),
+            dict(global_attn_layer="a cell", layers_insert_global_attn=(0, 3)),
             r"from 1 to depth = 2, got \(0, 3\)",
         ),
     ],

@@ -1,4 +1,6 @@
+import ast
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,28 @@ def test_the_public_names_are_these():
         "SinusoidalEmbeddings",
         "apply_rotary_pos_emb",
     ]
+
+
+def test_type_checkers_are_told_the_same_names():
+    source = ast.parse(Path(local_attention.__file__).read_text())
+    told = {
+        alias.name: line.module
+        for block in ast.walk(source)
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for alias in line.names
+    }
+    assert told == local_attention._HOMES
+    assert sorted(told) == sorted(local_attention.__all__)
+
+
+def test_the_version_is_there_without_an_installation():
+    program = "import sys; sys.path.insert(0, '.'); import local_attention; print(local_attention.__version__)"
+    home = Path(local_attention.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=home)
+    assert done.stdout.strip() == local_attention.__version__, done.stderr
+    assert re.fullmatch(r"\d+\.\d+\.\d+", local_attention.__version__)
 
 
 def test_an_unknown_attribute_is_an_attribute_error():

@@ -83,11 +83,11 @@ def test_a_checkpoint_file_needs_no_run(run, tmp_path):
     ("options", "message"),
     [
         (dict(scale=0.5), "model.scale=0.5: the original has no model with another scale than the default"),
-        (dict(use_rotary_pos_emb=False), "model.use_rotary_pos_emb=false: the original has no model without"),
+        (dict(use_rotary_pos_emb=False), "model.use_rotary_pos_emb=False: the original has no model without"),
         (dict(max_ngram=3), "model.max_ngram=3: the original has no embeddings of n-grams"),
         (
             dict(use_dynamic_pos_bias=True, look_backward=2),
-            "model.look_backward=2 with model.use_dynamic_pos_bias=true",
+            "model.look_backward=2 with use_dynamic_pos_bias=True",
         ),
     ],
     ids=str,

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from local_attention.torch_state import torch_state
 from local_attention.training.build import load_model
 from local_attention.training.checkpoint import Checkpoints, read
-from local_attention.training.config import ModelConfig, as_dict, run_config
+from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.errors import UsageError
+from local_attention.training.keys import as_dict
 from scripts.import_torch import inner_size, main, simplest_ff_mult
 from scripts.torch_files import write_state
 from tests.scripts.conftest import SIZES, logits
@@ -246,10 +247,10 @@ def test_weights_of_something_else_are_refused_naming_what_was_looked_for(weight
         ([WINDOW, "weights=null"], "expected the weights to import"),
         ([WINDOW, "weights=a.bin"], "weights=a.bin: expected a file that ends in .pt, .pth, .safetensors"),
         ([WINDOW, "run_dir=null"], "expected the directory to write"),
-        ([WINDOW, "model.look_backward=-1"], "model.look_backward=-1: expected 0 or more"),
-        ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos: expected true or false"),
+        ([WINDOW, "model.look_backward=-1"], "model.look_backward=-1: expected a whole number >= 0"),
+        ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos=abc: expected true or false"),
         ([WINDOW, "model.xpos_scale_base=9"], "model.xpos_scale_base=9.0 needs model.use_xpos=true"),
-        ([WINDOW, "model.use_rotary_pos_emb=false"], "no model with use_rotary_pos_emb=False"),
+        ([WINDOW, "model.use_rotary_pos_emb=false"], "use_rotary_pos_emb=False: the original has no model"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

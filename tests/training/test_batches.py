@@ -70,7 +70,7 @@ import numpy as np
 from data import SequenceSampler
 from local_attention.training.config import TrainConfig
 from local_attention.training.batches import batch_dataset
-train = TrainConfig(seq_len=5, max_steps=None)
+train = TrainConfig(seq_len=5, grad_accum_every=1, max_steps=None)
 dataset = batch_dataset(SequenceSampler(np.zeros(400, np.uint8), 6, 0), train, 0)
 print(next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))[0].shape)
 """

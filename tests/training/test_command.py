@@ -11,9 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 from data import DataError
 from local_attention.training import command as module
 from local_attention.training.checkpoint import CheckpointError
-from local_attention.training.command import command, explain, quoted, status_of
+from local_attention.training.command import command, explain, help_of, quoted, status_of
 from local_attention.training.config import GenerateConfig, RunConfig
 from local_attention.training.errors import RunError, UsageError
+from local_attention.training.keys import keys_of
 from tests.training.toys import composed, examples
 
 # Texts on the command line
@@ -140,6 +141,7 @@ def explanation(override):
         ("experiment=nothing", "experiment=nothing: expected one of cpu_10min, enwik8_base, quickstart"),
         ("train.seqlen=5", "train.seqlen: no such key; did you mean train.seq_len?"),
         ("seq_len=5", "seq_len: no such key; did you mean train.seq_len?"),
+        ("model.windowsize=5", "model.windowsize: no such key; did you mean model.exact_windowsize?"),
         ("xyz=5", "xyz: no such key; --help lists them"),
     ],
 )
@@ -160,6 +162,8 @@ def test_a_mistyped_group_is_answered_with_the_group(override):
 
 # The whole
 
+GROUPS = {"model": "base", "data": "enwik8", "optimizer": "adamw", "schedule": "cosine", "experiment": "null"}
+
 
 @pytest.fixture
 def program(monkeypatch):
@@ -174,7 +178,7 @@ def program(monkeypatch):
         exec("def main(config):\n    return task(config)", namespace)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         try:
-            command(name, schema, text=("prompt",))(namespace["main"])()
+            command(name, schema)(namespace["main"])()
         except SystemExit as end:
             return end.code
         return None
@@ -186,6 +190,28 @@ def test_a_command_gets_what_the_command_line_says(program):
     seen = []
     assert program(seen.append, "run=a", "prompt=it's, ${b}", "length=5") is None
     assert (seen[0].run, seen[0].prompt, seen[0].length) == ("a", "it's, ${b}", 5)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_key_with_its_default_and_meaning(program, capsys, flag):
+    assert program(None, "train.seq_len=8", flag, name="train", schema=RunConfig) is None
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    shown = {line[0]: line[1] for line in lines if "=" in line[0]}
+    keys = keys_of(RunConfig)
+    assert shown.keys() == {f"{group}={default}" for group, default in GROUPS.items()} | {
+        f"{key}={str(option.default).replace('None', 'null').replace('False', 'false').replace('True', 'true')}"
+        for key, option in keys.items()
+    }
+    assert shown["model=base"] == "configs/model: one of base, small, tiny"
+    assert shown["train.batch_size=4"] == "sequences per micro-batch of each process (>= 1)"
+    assert shown["device.target=auto"] == "where MindSpore runs (auto, CPU, GPU, Ascend)"
+    assert shown["train.max_steps=10000"].endswith("; null: no limit (>= 1)")
+
+
+def test_help_fits_a_terminal_and_begins_with_what_the_command_does():
+    lines = help_of("generate", GenerateConfig, "Sample text: ``python generate.py run=RUN_DIR``.").splitlines()
+    assert lines[0] == "Sample text: python generate.py run=RUN_DIR."
+    assert max(map(len, lines)) <= 120
 
 
 def test_a_command_ends_with_the_status_of_its_task(program):

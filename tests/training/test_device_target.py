@@ -53,7 +53,7 @@ def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
 
 
 def test_a_run_that_does_not_fit_into_the_machine_is_warned_of_with_both_figures(monkeypatch, caplog):
-    model, train = tiny_transformer(dim=64, depth=2), TrainConfig(seq_len=1000, batch_size=10)
+    model, train = tiny_transformer(dim=64, depth=2), TrainConfig(seq_len=1000, batch_size=10, grad_accum_every=1)
     needed = estimated_bytes(model, train)
     table = 2 * 65521 * 48  # of which there is one copy; of the linear layer behind it there are four
     with_n_grams = estimated_bytes(tiny_transformer(dim=64, depth=2, max_ngram=3), train)

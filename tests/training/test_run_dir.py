@@ -17,10 +17,10 @@ from local_attention.training.config import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    keys_of,
     run_config,
 )
 from local_attention.training.errors import CheckpointError, UsageError
+from local_attention.training.keys import keys_of
 from local_attention.training.run_dir import RunPaths, check_same_run, checkpoint_of, find_run_paths
 from tests.training.toys import tiny_transformer
 
@@ -160,7 +160,7 @@ CHANGED = {  # key of a run's config: a value other than the default
     "model.qk_rmsnorm": True,
     "model.shared_qk": True,
     "model.gate_values_per_head": True,
-    "optimizer.name": "adamw",
+    "optimizer.name": "muon",
     "schedule.name": "wsd",
     "train.max_minutes": 3.0,
     "parallel": "data",
@@ -174,12 +174,14 @@ FIXED |= {"seed", "optimizer.name", "train.seq_len", "train.batch_size", "train.
 
 def changed(key):
     """The default config but for one value, and both values."""
-    config = OmegaConf.structured(RunConfig)
-    before = OmegaConf.select(config, key)
+    config = RunConfig()
+    group, _, name = key.rpartition(".")
+    holder = getattr(config, group) if group else config
+    before = getattr(holder, name)
     value = CHANGED[key] if key in CHANGED else before + 3
     assert value != before
-    OmegaConf.update(config, key, value)
-    return OmegaConf.to_object(config), before, value
+    setattr(holder, name, value)
+    return config, before, value
 
 
 def saved(config, corpus=CORPUS):

@@ -1,0 +1,15 @@
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_help_lists_every_target():
+    done = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["make", target] for target in targets]
