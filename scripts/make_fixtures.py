@@ -12,7 +12,7 @@ NumPy reference ``tests/local_attention/reference.py`` as expected values.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -370,13 +370,14 @@ def from_numpy(case: Any) -> dict[str, np.ndarray]:
     out = case.by_reference(p)
     cotangent = case.cotangent(out.shape)
 
-    def gradient(call: Callable[[str, np.ndarray], np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
-        return reference.numerical_gradient(lambda x: (call(name, x) * cotangent).sum(), x)
+    def of_input(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.numerical_gradient(lambda x: (case.by_reference(p, **{name: x}) * cotangent).sum(), x)
 
-    of_inputs = {
-        name: gradient(lambda name, x: case.by_reference(p, **{name: x}), name, x) for name, x in inputs.items()
-    }
-    of_parameters = {name: gradient(lambda name, x: case.by_reference(p | {name: x}), name, x) for name, x in p.items()}
+    def of_parameter(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.numerical_gradient(lambda x: (case.by_reference(p | {name: x}) * cotangent).sum(), x)
+
+    of_inputs = {name: of_input(name, x) for name, x in inputs.items()}
+    of_parameters = {name: of_parameter(name, x) for name, x in p.items()}
     return {"out": out} | of_inputs | case.under_their_names(cell, of_parameters)
 
 

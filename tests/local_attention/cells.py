@@ -3,15 +3,38 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from mindspore import nn, ops
 
+from tests.local_attention import reference
+
 both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
+in_a_graph = pytest.mark.parametrize("mode", ["graph"], indirect=True)
+slowly_in_a_graph = pytest.mark.parametrize(
+    "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
+)
+# For assert_gradients: along random directions; in the slow set each entry by itself.
+directions_or_entries = pytest.mark.parametrize(
+    "every_entry", [pytest.param(False, id="directions"), pytest.param(True, marks=pytest.mark.slow, id="entries")]
+)
 
 
 def examples(count):
     """Hypothesis settings for tests in which an example costs milliseconds to seconds."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
+
+
+def for_all(few, many, *strategies, **named):
+    """Decorate a property, to be tested with ``few`` examples of hypothesis, and with ``many`` in the slow set."""
+
+    def decorate(holds):
+        def test(count):
+            given(*strategies, **named)(examples(count)(holds))()
+
+        test.__name__, test.__doc__, test.__module__ = holds.__name__, holds.__doc__, holds.__module__
+        return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])(test)
+
+    return decorate
 
 
 def tensor(x):
@@ -41,6 +64,34 @@ def value_and_gradients(net, inputs, cotangent):
     """The output of ``net`` and the gradients of ``sum(output * cotangent)`` for its inputs, as arrays."""
     value, gradients = ValueAndGradients(net)(tensor(cotangent), *map(tensor, inputs))
     return value.asnumpy(), [gradient.asnumpy() for gradient in gradients]
+
+
+def assert_gradients(function, inputs, cotangent, gradients, every_entry=False, err_msg="", rtol=1e-7, atol=1e-4):
+    """``gradients`` are those of ``sum(function(*inputs) * cotangent)``.
+
+    Unless ``every_entry``, only the derivatives along some random directions are compared. They are made of ones and
+    minus ones, so that a wrong entry changes them by all of its error.
+    """
+    rng = np.random.default_rng(0)
+    for i, gradient in enumerate(gradients):
+        x = np.asarray(inputs[i], np.float64)
+        assert gradient.shape == x.shape, err_msg
+
+        def along(step, direction, i=i, x=x):
+            moved = np.asarray(x + step[0] * direction)
+            return (function(*inputs[:i], moved, *inputs[i + 1 :]) * cotangent).sum()
+
+        if every_entry:
+            (wanted,) = reference.numerical_gradients(
+                lambda x, i=i: function(*inputs[:i], x, *inputs[i + 1 :]), [x], cotangent
+            )
+            np.testing.assert_allclose(gradient, wanted, rtol, atol, err_msg=f"{err_msg} input {i}")
+            continue
+        for _ in range(3):
+            direction = rng.choice([-1.0, 1.0], x.shape)
+            wanted = reference.numerical_gradient(lambda step, d=direction, f=along: f(step, d), [0.0])[0]
+            found = (gradient.astype(np.float64) * direction).sum()
+            np.testing.assert_allclose(found, wanted, rtol, atol, err_msg=f"{err_msg} input {i}")
 
 
 class ValueAndParameterGradients(nn.Cell):

@@ -5,7 +5,7 @@ See :mod:`tests.local_attention.golden`; ``scripts/make_fixtures.py`` makes the 
 
 import json
 from inspect import signature
-from itertools import chain
+from itertools import chain, combinations
 
 import mindspore as ms
 import numpy as np
@@ -18,8 +18,25 @@ from tests.local_attention.golden import FOLDER, KINDS, load
 LOADED = {kind: load(kind) for kind in KINDS}
 
 
-def parameters_of_tests(loaded):
-    return [pytest.param(*entry, id=f"{entry[0].public.__name__}-{entry[0].seed}") for entry in loaded]
+def parameters_of_tests(loaded, marks=()):
+    return [pytest.param(*entry, id=f"{entry[0].public.__name__}-{entry[0].seed}", marks=marks) for entry in loaded]
+
+
+def values(case):
+    """``{(option or argument, its value)}`` of a case."""
+    named = chain([("source", case.source)], case.options.items(), case.call.items())
+    return {(name, json.dumps(value)) for name, value in named}
+
+
+def varied(loaded, fraction=0.9):
+    """The cases, the most varied first, that have this fraction of all pairs of values that any case has together."""
+    pairs = [set(combinations(sorted(values(case)), 2)) for case, _ in loaded]
+    left = set().union(*pairs)
+    most, chosen = (1 - fraction) * len(left), []
+    while len(left) > most:
+        chosen.append(max(range(len(loaded)), key=lambda i: len(left & pairs[i])))
+        left -= pairs[chosen[-1]]
+    return [loaded[i] for i in chosen]
 
 
 def few(loaded):
@@ -28,8 +45,19 @@ def few(loaded):
     return [shallow[len(shallow) // 3], shallow[-1]]
 
 
-ALL = parameters_of_tests(chain(*LOADED.values()))
-FEW = parameters_of_tests(chain(*map(few, LOADED.values())))
+FAST = {kind: varied(loaded) for kind, loaded in LOADED.items()}
+ALL = parameters_of_tests(chain(*FAST.values()))
+ALL += parameters_of_tests(
+    [entry for kind, loaded in LOADED.items() for entry in loaded if all(entry is not fast for fast in FAST[kind])],
+    marks=pytest.mark.slow,
+)
+FEW = parameters_of_tests(few(LOADED[kind])[1] for kind in ("LocalAttention", "LocalMHA", "LocalTransformer"))
+FEW += parameters_of_tests(
+    [few(LOADED[kind])[0] for kind in ("LocalAttention", "LocalMHA", "LocalTransformer")]
+    + few(LOADED["DynamicPositionBias"])
+    + few(LOADED["SinusoidalEmbeddings"]),
+    marks=pytest.mark.slow,
+)
 
 
 class ValueAndAllGradients(nn.Cell):
@@ -86,20 +114,28 @@ def test_the_reference_gives_what_is_expected(case, expected):
         np.testing.assert_allclose(out, expected["out"], rtol=0, atol=1e-5)
 
 
-# Arrays, which differ from case to case, and caches, which the original gets wrong: see test_decode.py.
+# Arrays, which differ from case to case, and caches, which the original gets wrong: see decoding.
 NO_OPTIONS = {"self", "q", "k", "v", "x", "freqs", "cache", "return_cache"}
-NO_OPTIONS |= {"max_ngram", "ngram_buckets", "ngram_dim", "ngram_rows"}  # the original has none
+# What no model of the original has.
+NO_OPTIONS_OF_MODELS = {"scale", "max_ngram", "ngram_buckets", "ngram_dim", "ngram_rows"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_and_argument_has_at_least_two_values(kind):
-    cases = [case for case, _ in LOADED[kind]]
+    cases = [case for case, _ in FAST[kind]]
+    excluded = NO_OPTIONS | (NO_OPTIONS_OF_MODELS if kind == "LocalTransformer" else set())
     for function, given in ((KINDS[kind].public.__init__, "options"), (KINDS[kind].called, "call")):
         for name, parameter in signature(function).parameters.items():
-            if name not in NO_OPTIONS and parameter.kind is not parameter.VAR_KEYWORD:
+            if name not in excluded and parameter.kind is not parameter.VAR_KEYWORD:
                 values = {json.dumps(getattr(case, given).get(name)) for case in cases}
                 assert len(values) >= 2, f"{kind}: {name}"
 
 
 def test_the_files_are_small():
     assert sum(path.stat().st_size for path in FOLDER.glob("*.npz")) < 5e6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fast_cases_have_every_value_that_any_case_has(kind):
+    of_fast, of_all = (set().union(*(values(case) for case, _ in loaded[kind])) for loaded in (FAST, LOADED))
+    assert of_fast == of_all

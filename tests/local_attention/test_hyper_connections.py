@@ -4,7 +4,15 @@ from mindspore import nn
 
 from local_attention.hyper_connections import HyperConnection, Residual, connection, expand_streams, reduce_streams
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, parameters, randomise, run, tensor, value_and_gradients
+from tests.local_attention.cells import (
+    assert_gradients,
+    directions_or_entries,
+    parameters,
+    randomise,
+    run,
+    tensor,
+    value_and_gradients,
+)
 
 
 class Connected(nn.Cell):
@@ -16,8 +24,8 @@ class Connected(nn.Cell):
         self.branch = nn.Dense(4, 4, has_bias=False)
 
     def construct(self, x):
-        taken, x, beta = self.connection.before(x)
-        return self.connection.after(self.branch(taken), x, beta)
+        branch_input, x, beta = self.connection.pre(x)
+        return self.connection.post(self.branch(branch_input), x, beta)
 
 
 def definition(p):
@@ -27,20 +35,23 @@ def definition(p):
     return connected
 
 
-@both_modes
-@pytest.mark.parametrize("streams", [2, 3])
-def test_output_and_gradient_are_those_of_the_definition(mode, streams, rng):
+@pytest.mark.parametrize(
+    ("mode", "streams"),
+    [("eager", 2), ("eager", 3), ("graph", 3), pytest.param("graph", 2, marks=pytest.mark.slow)],
+    indirect=["mode"],
+)
+@directions_or_entries
+def test_output_and_gradient_are_those_of_the_definition(mode, streams, every_entry, rng):
     cell = Connected(HyperConnection(4, streams, 0))
     p = randomise(cell)
     x, cotangent = rng.standard_normal((2, 5, streams, 4))
-    value, (gradient,) = value_and_gradients(cell, [x], cotangent)
+    value, gradients = value_and_gradients(cell, [x], cotangent)
     np.testing.assert_allclose(value, definition(p)(x), atol=1e-5)
-    (wanted,) = reference.numerical_gradients(definition(p), [x], cotangent)
-    np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+    assert_gradients(definition(p), [x], cotangent, gradients, every_entry)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 5])
-def test_before_training_a_branch_takes_one_stream_and_gives_to_all(index, rng):
+def test_before_training_a_branch_reads_one_stream_and_writes_to_all(index, rng):
     cell = Connected(HyperConnection(4, 3, index))
     x, p = rng.standard_normal((5, 3, 4)), parameters(cell)
     wanted = x + x[:, index % 3, None] @ p["branch.weight"].T

@@ -4,13 +4,22 @@ from itertools import product
 import mindspore as ms
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import nn
 
 from local_attention import LocalAttention
+from local_attention.blocks import block_layout
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, examples, run, tensor, value_and_gradients
+from tests.local_attention.cells import (
+    assert_gradients,
+    directions_or_entries,
+    for_all,
+    in_a_graph,
+    run,
+    slowly_in_a_graph,
+    tensor,
+    value_and_gradients,
+)
 
 RULES = [
     dict(causal=causal, exact_windowsize=exact, look_backward=back, look_forward=forward)
@@ -32,33 +41,45 @@ def qkv(rng, *shape):
 
 
 @every_rule
-@pytest.mark.parametrize("rotary", [True, False], ids=["rotary", "plain"])
-def test_every_rule_at_every_length_is_full_attention_with_a_mask(rule, rotary, rng):
-    for window_size, n in product([1, 3, 4], [1, 2, 4, 5, 11, 12]):
+@pytest.mark.parametrize(
+    ("rotary", "sizes"),
+    [
+        pytest.param(True, [(1, 4), (3, 1), (3, 11), (4, 12)], id="rotary"),
+        pytest.param(False, [(4, 5)], id="plain"),
+        *(
+            pytest.param(rotary, product([1, 3, 4], [1, 2, 4, 5, 11, 12]), marks=pytest.mark.slow, id=f"all-{rotary}")
+            for rotary in (True, False)
+        ),
+    ],
+)
+def test_every_rule_is_full_attention_with_a_mask(rule, rotary, sizes, rng):
+    for window_size, n in sizes:
         q, k, v = qkv(rng, 2, n, 4)
         attention = LocalAttention(window_size, **rule, autopad=True, dim=4, use_rotary_pos_emb=rotary)
         wanted = reference.attention(q, k, v, rotary=rotary, window_size=window_size, **rule)
         np.testing.assert_allclose(run(attention, q, k, v), wanted, atol=1e-5, err_msg=f"{window_size=}, {n=}")
 
 
+@directions_or_entries
 @every_rule
-def test_every_rule_has_the_gradients_of_full_attention_with_a_mask(rule, rng):
-    check_gradients(rule, 3, rng.standard_normal((4, 1, 7, 4)))
+def test_every_rule_has_the_gradients_of_full_attention_with_a_mask(rule, every_entry, rng):
+    check_gradients(rule, 3, rng.standard_normal((4, 1, 7, 4)), every_entry)
 
 
-@both_modes
-@pytest.mark.parametrize("rule", [RULES[1], RULES[4], RULES[10], RULES[-1]], ids=rule_name)
-def test_output_and_gradients_are_right_in_both_modes(mode, rule, rng):
-    check_gradients(rule, 3, rng.standard_normal((4, 2, 5, 4)))
+@in_a_graph
+@pytest.mark.parametrize(
+    "rule", [RULES[4], *(pytest.param(RULES[i], marks=pytest.mark.slow) for i in (1, 10, -1))], ids=rule_name
+)
+def test_output_and_gradients_are_right_in_a_graph(mode, rule, rng):
+    check_gradients(rule, 3, rng.standard_normal((4, 2, 5, 4)), False)
 
 
-def check_gradients(rule, window_size, inputs):
+def check_gradients(rule, window_size, inputs, every_entry):
     *inputs, cotangent = inputs
     definition = partial(reference.attention, rotary=True, window_size=window_size, **rule)
     value, gradients = value_and_gradients(LocalAttention(window_size, **rule, autopad=True, dim=4), inputs, cotangent)
     np.testing.assert_allclose(value, definition(*inputs), atol=1e-5)
-    for gradient, wanted in zip(gradients, reference.numerical_gradients(definition, inputs, cotangent), strict=True):
-        np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+    assert_gradients(definition, inputs, cotangent, gradients, every_entry)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +95,7 @@ def check_gradients(rule, window_size, inputs):
 def test_a_window_of_several_blocks_is_full_attention_with_a_mask(rule, n, rng):
     q, k, v = qkv(rng, 1, n, 4)
     attention = LocalAttention(256, **rule, autopad=True, dim=4)
-    assert attention.layout(256)[0] == (128 if rule["exact_windowsize"] else 256)
+    assert block_layout(256, rule["exact_windowsize"], 1, 0)[0] == (128 if rule["exact_windowsize"] else 256)
     wanted = reference.attention(q, k, v, rotary=True, window_size=256, **rule)
     np.testing.assert_allclose(run(attention, q, k, v), wanted, atol=1e-5)
 
@@ -148,7 +169,9 @@ def test_scores_of_equal_vectors_depend_on_the_distance_alone_and_are_largest_at
     assert len({round(scores[0], 4) for scores in of_distance.values()}) == len(of_distance)
 
 
-@given(
+@for_all(
+    6,
+    40,
     window_size=st.integers(1, 4),
     look_backward=st.integers(0, 2),
     look_forward=st.integers(0, 2),
@@ -156,7 +179,6 @@ def test_scores_of_equal_vectors_depend_on_the_distance_alone_and_are_largest_at
     shift=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-@examples(15)
 def test_what_lies_out_of_sight_before_a_sequence_shifts_it_and_changes_nothing(
     window_size, look_backward, look_forward, exact, shift, seed
 ):
@@ -172,7 +194,9 @@ def test_what_lies_out_of_sight_before_a_sequence_shifts_it_and_changes_nothing(
     np.testing.assert_allclose(late, early, atol=1e-5)
 
 
-@given(
+@for_all(
+    10,
+    60,
     causal=st.booleans(),
     exact=st.booleans(),
     window_size=st.integers(1, 4),
@@ -181,7 +205,6 @@ def test_what_lies_out_of_sight_before_a_sequence_shifts_it_and_changes_nothing(
     n=st.integers(1, 13),
     data=st.data(),
 )
-@examples(25)
 def test_a_changed_key_and_value_changes_exactly_the_queries_that_see_it(
     causal, exact, window_size, look_backward, look_forward, n, data
 ):
@@ -201,7 +224,7 @@ def test_a_changed_key_and_value_changes_exactly_the_queries_that_see_it(
     assert (changed == reference.visibility(n, window_size=window_size, **rule)[:, j]).all()
 
 
-@both_modes
+@slowly_in_a_graph
 @pytest.mark.parametrize(
     ("options", "shapes", "parts"),
     [
@@ -220,7 +243,7 @@ def test_inputs_that_do_not_fit_are_refused(mode, options, shapes, parts):
     assert all(part in str(error.value) for part in parts)
 
 
-@both_modes
+@slowly_in_a_graph
 def test_values_may_have_another_head_size_than_keys(mode, rng):
     q, k, v = rng.standard_normal((3, 2, 8, 6))
     narrow = run(LocalAttention(4, causal=True), q, k, v[..., :3])
@@ -301,8 +324,7 @@ def tensors(added):
     return {name: ms.Tensor(x) if x.dtype == bool else tensor(x) for name, x in added.items()}
 
 
-@given(calls())
-@examples(120)
+@for_all(40, 300, calls())
 def test_any_options_give_full_attention_with_an_explicit_mask(call):
     options, (*inputs, _), added = call
     out = attend(options, *inputs, **added)
@@ -328,11 +350,12 @@ XPOS = dict(use_xpos=True, xpos_scale_base=3)
     [
         *(("eager", *options) for options in product([True, False], [{}, XPOS], [True, False])),
         ("graph", True, XPOS, True),
-        ("graph", False, {}, False),
+        pytest.param("graph", False, {}, False, marks=pytest.mark.slow),
     ],
     indirect=["mode"],
 )
-def test_gradients_with_mask_and_bias_are_those_of_the_definition(mode, causal, position, shared_qk, rng):
+@directions_or_entries
+def test_gradients_with_mask_and_bias_are_those_of_the_definition(mode, causal, position, shared_qk, every_entry, rng):
     options = dict(window_size=2, causal=causal, autopad=True, shared_qk=shared_qk, dim=4, **position)
     rule = dict(look_forward=0 if causal else 1)
     *inputs, cotangent = rng.standard_normal((4, 2, 5, 4))
@@ -344,8 +367,7 @@ def test_gradients_with_mask_and_bias_are_those_of_the_definition(mode, causal, 
         return defined(options | rule, mask=mask, attn_bias=attn_bias)(q, k, v)
 
     np.testing.assert_allclose(value, definition(*inputs), atol=1e-5)
-    for gradient, wanted in zip(gradients, reference.numerical_gradients(definition, inputs, cotangent), strict=True):
-        np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+    assert_gradients(definition, inputs, cotangent, gradients, every_entry)
 
 
 def test_a_bias_in_blocks_finer_than_the_window_is_that_of_the_whole_window(rng):
@@ -361,8 +383,7 @@ def test_a_mask_in_blocks_finer_than_the_window_hides_what_it_says(rng):
     np.testing.assert_allclose(attend(options, *inputs, mask=mask), defined(options, mask=mask)(*inputs), atol=1e-5)
 
 
-@given(calls(), st.data())
-@examples(25)
+@for_all(8, 50, calls(), st.data())
 def test_a_masked_key_has_no_influence(call, data):
     options, (q, k, v, _), added = call
     n = q.shape[-2]
@@ -375,10 +396,9 @@ def test_a_masked_key_has_no_influence(call, data):
     np.testing.assert_array_equal(attend(options, q, k, v, **added), before)
 
 
-@given(calls(), st.integers(1, 6))
-@examples(25)
+@for_all(8, 50, calls(), st.integers(1, 6))
 def test_autopad_equals_no_padding(call, more):
-    # a text cut off by the mask is the text alone, whatever follows and wherever a window ends
+    # a sequence cut off by the mask is the sequence alone, whatever follows and wherever a window ends
     options, (q, k, v, _), added = call
     if options["shared_qk"]:  # would turn a row of zeros, too
         options["shared_qk"] = False
@@ -389,8 +409,7 @@ def test_autopad_equals_no_padding(call, more):
     np.testing.assert_allclose(longer[..., :n, :], attend(options, q, k, v, **added, mask=mask), atol=1e-5)
 
 
-@given(calls())
-@examples(25)
+@for_all(8, 50, calls())
 def test_leading_axes_may_be_merged_or_not(call):
     options, (*inputs, _), added = call
     merged = [x.reshape(-1, *x.shape[-2:]) for x in inputs]
@@ -524,7 +543,7 @@ def test_options_may_be_given_by_position_as_in_the_original(rng):
     np.testing.assert_array_equal(run(by_position, *inputs), run(by_name, *inputs))
 
 
-@both_modes
+@slowly_in_a_graph
 def test_dropout_drops_a_share_of_the_weights_in_training_only(mode, rng):
     q, k, _ = qkv(rng, 4, 32, 4)
     v = np.tile(np.eye(32), (4, 1, 1))  # shows the weights
@@ -539,7 +558,7 @@ def test_dropout_drops_a_share_of_the_weights_in_training_only(mode, rng):
     np.testing.assert_allclose(dropped[~zero], weights[~zero] / 0.75, rtol=1e-4)
 
 
-@both_modes
+@slowly_in_a_graph
 def test_a_window_in_the_call_is_refused_without_xpos(mode, rng):
     class Called(nn.Cell):
         def __init__(self):
@@ -566,18 +585,34 @@ def test_a_window_in_the_call_is_refused_without_xpos(mode, rng):
     ],
     ids=str,
 )
-@both_modes
+@slowly_in_a_graph
 def test_masks_and_biases_that_do_not_fit_are_refused(mode, added, parts, rng):
     with pytest.raises(ValueError) as error:
         attend(dict(window_size=4), *qkv(rng, 2, 2, 8, 4), **added)
     assert all(part in str(error.value) for part in parts), error.value
 
 
+@in_a_graph
+def test_what_does_not_fit_is_refused_in_a_graph_too(mode, rng):
+    inputs = qkv(rng, 2, 2, 8, 4)
+    with pytest.raises(ValueError, match="multiple of the window 3"):
+        run(LocalAttention(3), *inputs)
+    with pytest.raises(ValueError, match="divides the 4 rows"):
+        attend(dict(window_size=4), *inputs, mask=np.ones((3, 8), bool))
+    with pytest.raises(ValueError, match="divides the 4 rows"):
+        attend(dict(window_size=4), *inputs, attn_bias=np.zeros((3, 4, 12)))
+
+
 # The examples of the original's README
 
 
-def test_readme_causal_attention_with_a_mask():
-    q, k, v = (ms.ops.randn(2, 8, 2048, 64) for _ in range(3))
+# Their sizes in the slow set; else one head.
+heads_of_readme = pytest.mark.parametrize("heads", [1, pytest.param(8, marks=pytest.mark.slow)])
+
+
+@heads_of_readme
+def test_readme_causal_attention_with_a_mask(heads):
+    q, k, v = (ms.ops.randn(2, heads, 2048, 64) for _ in range(3))
     attn = LocalAttention(
         dim=64,
         window_size=512,
@@ -589,20 +624,22 @@ def test_readme_causal_attention_with_a_mask():
     )
     mask = ms.ops.ones((2, 2048)).bool()
     out = attn(q, k, v, mask=mask)
-    assert out.shape == (2, 8, 2048, 64)
+    assert out.shape == (2, heads, 2048, 64)
 
 
-def test_readme_shared_queries_and_keys():
-    qk, v = ms.ops.randn(2, 8, 2048, 64), ms.ops.randn(2, 8, 2048, 64)
+@heads_of_readme
+def test_readme_shared_queries_and_keys(heads):
+    qk, v = ms.ops.randn(2, heads, 2048, 64), ms.ops.randn(2, heads, 2048, 64)
     attn = LocalAttention(dim=64, window_size=512, shared_qk=True, causal=True)
     mask = ms.ops.ones((2, 2048)).bool()
     out = attn(qk, qk, v, mask=mask)
-    assert out.shape == (2, 8, 2048, 64)
+    assert out.shape == (2, heads, 2048, 64)
 
 
-def test_readme_autopad():
-    q, k, v = (ms.ops.randn(8, 2057, 64) for _ in range(3))
+@heads_of_readme
+def test_readme_autopad(heads):
+    q, k, v = (ms.ops.randn(heads, 2057, 64) for _ in range(3))
     attn = LocalAttention(window_size=512, causal=True, autopad=True)
     mask = ms.ops.ones((1, 2057)).bool()
     out = attn(q, k, v, mask=mask)
-    assert out.shape == (8, 2057, 64)
+    assert out.shape == (heads, 2057, 64)

@@ -1,14 +1,20 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from einops import rearrange
-from hypothesis import given
 from hypothesis import strategies as st
-from local_attention.windows import MASK_VALUE, additive_mask, block_size, look_around, visible
-from mindspore import nn
 
+from local_attention.masks import (
+    MASK_VALUE,
+    MaskSpec,
+    key_mask,
+    sees_a_key,
+    to_additive_mask,
+    visible,
+    window_bias,
+    window_mask,
+)
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, examples, tensor, value_and_gradients
+from tests.local_attention.cells import for_all, tensor
 
 PICTURES = {  # rows are queries, columns keys, of a sequence of 6 in windows of 2
     "causal": (
@@ -107,42 +113,24 @@ rules = st.booleans().flatmap(
 )
 
 
-@given(rules, st.integers(1, 20))
-@examples(100)
+@for_all(50, 300, rules, st.integers(1, 20))
 def test_visible_agrees_with_the_reference(rule, length):
     seen = visible(np.arange(length)[:, None], np.arange(length), length=length, **rule)
     assert (seen == reference.visibility(length, **rule)).all()
 
 
-@pytest.mark.parametrize(
-    ("window_size", "exact_windowsize", "block"),
-    [
-        (1, True, 1),
-        (100, True, 100),  # smaller than the finest block
-        (128, True, 128),
-        (256, True, 128),
-        (300, True, 150),
-        (257, True, 257),  # prime
-        (256, False, 256),  # its queries all see the same
-    ],
-)
-def test_blocks_are_the_smallest_divisor_of_an_exact_window_from_128_on(window_size, exact_windowsize, block):
-    assert block_size(window_size, exact_windowsize) == block
-
-
-@given(rules, st.integers(1, 15), st.integers(1, 3))
-@examples(50)
-def test_the_additive_mask_holds_the_visible_keys_of_every_block(rule, length, groups):
+@for_all(15, 100, rules, st.integers(1, 15), st.integers(1, 3))
+def test_the_window_mask_holds_the_visible_keys_of_every_block(rule, length, groups):
     window = rule["window_size"]
-    before, after = rule["look_backward"], rule["look_forward"]
-    mask = additive_mask(groups, length, window, before, after, tuple(rule.items()), 0).asnumpy()
+    back, ahead = rule["look_backward"], rule["look_forward"]
+    mask = window_mask(groups, length, window, back, ahead, tuple(MaskSpec(**rule)), 0).asnumpy()
     blocks = -(-length // window)
     assert mask.dtype == np.float32
-    assert mask.shape == (groups * blocks, window, (before + 1 + after) * window)
-    wanted = np.zeros((blocks, window, length + (before + after) * window + window), bool)
+    assert mask.shape == (groups * blocks, window, (back + 1 + ahead) * window)
+    wanted = np.zeros((blocks, window, length + (back + ahead) * window + window), bool)
     for i, j in np.argwhere(reference.visibility(length, **rule)):
         block, row = divmod(i, window)
-        wanted[block, row, j - (block - before) * window] = True
+        wanted[block, row, j - (block - back) * window] = True
     wanted = wanted[:, :, : mask.shape[-1]]
     for group in range(groups):
         of_group = mask[group * blocks : (group + 1) * blocks].reshape(blocks * window, -1)[:length]
@@ -151,51 +139,64 @@ def test_the_additive_mask_holds_the_visible_keys_of_every_block(rule, length, g
         assert (of_group[~wanted_of_group] == np.float32(MASK_VALUE)).all()
 
 
-def test_the_additive_mask_of_the_same_arguments_is_one_tensor():
+def test_the_window_mask_of_the_same_arguments_is_one_tensor():
     rule = dict(window_size=2, causal=True, exact_windowsize=True, look_backward=1, look_forward=0)
-    masks = [additive_mask(2, 6, 2, 1, 0, tuple(rule.items()), 0) for _ in range(2)]
+    masks = [window_mask(2, 6, 2, 1, 0, tuple(MaskSpec(**rule)), 0) for _ in range(2)]
     assert isinstance(masks[0], ms.Tensor) and masks[0] is masks[1]
 
 
-def test_the_additive_mask_marks_where_a_token_meets_itself():
+def test_the_window_mask_marks_where_a_token_meets_itself():
     rule = dict(window_size=2, causal=False, exact_windowsize=False, look_backward=1, look_forward=0)
-    plain, marked = (additive_mask(1, 4, 2, 1, 0, tuple(rule.items()), value).asnumpy() for value in (0, -7))
+    plain, marked = (window_mask(1, 4, 2, 1, 0, tuple(MaskSpec(**rule)), value).asnumpy() for value in (0, -7))
     itself = np.zeros((2, 2, 4))
     itself[:, [0, 1], [2, 3]] = -7
     np.testing.assert_array_equal(marked - plain, itself)
 
 
-def test_what_hides_a_key_leaves_no_weight_and_makes_no_infinity():
+def test_the_mask_value_leaves_no_weight_and_makes_no_infinity():
     assert np.exp(np.float32(MASK_VALUE)) == 0
     assert np.isfinite(np.float32(3 * MASK_VALUE) - np.float32(1e30))
 
 
-def surroundings(x, before, after):
-    """``(g, blocks, block, d)`` to the blocks around each, with zeros beyond the ends."""
-    groups, blocks, block, d = x.shape
-    rows = np.zeros((groups, blocks, before + 1 + after, block, d))
-    for w in range(blocks):
-        for t in range(max(w - before, 0), min(w + after + 1, blocks)):
-            rows[:, w, t - w + before] = x[:, t]
-    return rearrange(rows, "g w s b d -> g w (s b) d")
+def test_booleans_become_zero_and_the_mask_value():
+    mask = to_additive_mask(np.array([True, False]))
+    assert mask.dtype == np.float32 and mask.tolist() == [0, np.float32(MASK_VALUE)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (0, 1), (2, 1), (4, 5)])
-def test_look_around_gives_each_block_its_neighbours_and_zeros_beyond_the_ends(before, after, rng):
-    x = rng.standard_normal((2, 3, 2, 4)).astype(np.float32)
-    np.testing.assert_array_equal(look_around(tensor(x), before, after).asnumpy(), surroundings(x, before, after))
+def around(x, block, back, ahead):
+    """For each block the parts of the vector ``x: (n,)`` around it, zeros beyond its ends."""
+    blocks = -(-len(x) // block)
+    padded = np.pad(x, (back * block, (blocks + ahead) * block - len(x)))
+    return np.stack([padded[w * block : (w + back + 1 + ahead) * block] for w in range(blocks)])
 
 
-class LookAround(nn.Cell):
-    def construct(self, x):
-        return look_around(x, 2, 1)
+@pytest.mark.parametrize("length", [6, 7])
+def test_a_mask_of_keys_hides_them_from_every_block_of_neighbouring_groups(length, rng):
+    mask = rng.random((2, length)) < 0.5
+    found = key_mask(tensor(mask.astype(float)), 4, 2, 1, 1).asnumpy()
+    blocks = -(-length // 2)
+    assert found.shape == (4 * blocks, 2, 6)
+    for group in range(4):
+        hidden = around((~mask[group // 2]).astype(float), 2, 1, 1) > 0
+        for row in range(2):
+            of_group = found[group * blocks : (group + 1) * blocks, row]
+            np.testing.assert_array_equal(of_group, np.where(hidden, np.float32(MASK_VALUE), 0))
 
 
-@both_modes
-def test_look_around_and_its_gradient(mode, rng):
-    x = rng.standard_normal((2, 3, 2, 2)).astype(np.float32)
-    cotangent = rng.standard_normal((2, 3, 8, 2))
-    value, (gradient,) = value_and_gradients(LookAround(), [x], cotangent)
-    np.testing.assert_array_equal(value, surroundings(x, 2, 1))
-    (wanted,) = reference.numerical_gradients(lambda x: surroundings(x, 2, 1), [x], cotangent)
-    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+@pytest.mark.parametrize(("window_size", "block"), [(4, 4), (4, 2)])
+def test_each_block_gets_its_part_of_the_bias_of_its_window(window_size, block, rng):
+    back, ahead = window_size // block, 0
+    bias = rng.standard_normal((3, window_size, 2 * window_size)).astype(np.float32)
+    blocks = 5
+    found = window_bias(tensor(bias), 6, blocks, block, back, ahead).asnumpy()
+    assert found.shape == (6 * blocks, block, (back + 1) * block)
+    for group, w, i, s in np.ndindex(6, blocks, block, (back + 1) * block):
+        query, key = w * block + i, (w - back) * block + s
+        window = query // window_size
+        wanted = bias[group % 3, query % window_size, key - (window - 1) * window_size]
+        assert found[group * blocks + w, i, s] == wanted
+
+
+def test_a_query_sees_a_key_unless_all_are_masked():
+    mask = np.array([[[0, MASK_VALUE], [MASK_VALUE, MASK_VALUE], [2 * MASK_VALUE, -5e4], [3 * MASK_VALUE, MASK_VALUE]]])
+    assert sees_a_key(tensor(mask)).asnumpy().tolist() == [[[1], [0], [1], [0]]]

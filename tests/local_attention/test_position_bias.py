@@ -4,7 +4,14 @@ from mindspore import nn
 
 from local_attention import DynamicPositionBias
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, parameters, randomise, tensor, value_and_parameter_gradients
+from tests.local_attention.cells import (
+    both_modes,
+    parameters,
+    randomise,
+    slowly_in_a_graph,
+    tensor,
+    value_and_parameter_gradients,
+)
 
 
 class WeightedSum(nn.Cell):
@@ -16,7 +23,7 @@ class WeightedSum(nn.Cell):
         return (self.bias(*self.args) * self.weight).sum()
 
 
-@both_modes
+@slowly_in_a_graph
 @pytest.mark.parametrize(("i", "j", "first"), [(3, 6, None), (2, 2, None), (3, 9, 3), (3, 6, 0), (2, 5, 1)])
 def test_the_bias_is_an_mlp_of_the_distance(mode, i, j, first, rng):
     bias = DynamicPositionBias(5, 2)

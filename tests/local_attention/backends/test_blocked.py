@@ -1,6 +1,6 @@
 import numpy as np
-from local_attention.attend import Attend, AttendWithDropout
 
+from local_attention.backends.blocked import Attend, AttendWithDropout
 from tests.local_attention import reference
 from tests.local_attention.cells import both_modes, value_and_gradients
 

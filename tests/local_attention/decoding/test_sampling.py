@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from local_attention.decoding.sampling import Sampler, sampling_rule
-from tests.local_attention.cells import both_modes, examples, tensor
+from tests.local_attention.cells import both_modes, for_all, tensor
 from tests.local_attention.reference import softmax
 
 VOCABULARY = 5
@@ -18,54 +18,51 @@ top_ks = st.none() | st.integers(1, 7)
 top_ps = st.none() | st.floats(0.01, 1)
 
 
-def drawn(logits, uniforms, sampler=SAMPLER, **options):
-    """The tokens drawn from ``logits`` by each of ``uniforms``."""
+def sampled(logits, uniforms, sampler=SAMPLER, **options):
+    """The tokens sampled from ``logits`` by each of ``uniforms``."""
     rule = sampling_rule(len(logits), **options)
     rows = np.tile(np.array(logits, np.float32), (len(uniforms), 1))
     uniforms = np.array(uniforms, np.float32)[:, None]
     return sampler(tensor(rows), tensor(uniforms), *map(tensor, rule)).asnumpy()
 
 
-def shares(logits, **options):
-    """How often each token is drawn by evenly spaced numbers, its probability within 1 / ROWS."""
-    return np.bincount(drawn(logits, EVENLY, **options), minlength=len(logits)) / ROWS
+def frequencies(logits, **options):
+    """How often each token is sampled by evenly spaced numbers, its probability within 1 / ROWS."""
+    return np.bincount(sampled(logits, EVENLY, **options), minlength=len(logits)) / ROWS
 
 
-def assert_shares(logits, wanted, **options):
-    np.testing.assert_allclose(shares(logits, **options), wanted, atol=1.01 / ROWS)
+def assert_frequencies(logits, wanted, **options):
+    np.testing.assert_allclose(frequencies(logits, **options), wanted, atol=1.01 / ROWS)
 
 
 @both_modes
-def test_tokens_are_drawn_as_often_as_their_probabilities_say(mode):
+def test_tokens_are_sampled_as_often_as_their_probabilities_say(mode):
     p = np.array([0.1, 0.2, 1e-9, 0.45, 0.25])
-    tokens = drawn(np.log(p), EVENLY, Sampler(VOCABULARY))
+    tokens = sampled(np.log(p), EVENLY, Sampler(VOCABULARY))
     np.testing.assert_allclose(np.bincount(tokens, minlength=5) / ROWS, p, atol=1.01 / ROWS)
 
 
-@given(logits_of_any_kind, st.floats(0.1, 5))
-@examples(50)
+@for_all(15, 50, logits_of_any_kind, st.floats(0.1, 5))
 def test_temperature_divides_the_logits(logits, temperature):
-    assert_shares(logits, softmax(logits / temperature), temperature=temperature)
+    assert_frequencies(logits, softmax(logits / temperature), temperature=temperature)
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-6, 1e-300])
-def test_temperature_zero_or_nearly_takes_the_likeliest(temperature):
-    assert shares([1.0, 3.0, 2.0, -1e4, 2.999], temperature=temperature).tolist() == [0, 1, 0, 0, 0]
+def test_temperature_zero_or_nearly_takes_the_most_likely(temperature):
+    assert frequencies([1.0, 3.0, 2.0, -1e4, 2.999], temperature=temperature).tolist() == [0, 1, 0, 0, 0]
 
 
-@given(different_logits, st.integers(1, 7))
-@examples(50)
+@for_all(15, 50, different_logits, st.integers(1, 7))
 def test_top_k_keeps_the_k_largest_in_their_proportions(logits, k):
     kept = logits >= np.sort(logits)[-min(k, 5)]
-    assert_shares(logits, softmax(np.where(kept, logits, -np.inf)), top_k=k)
+    assert_frequencies(logits, softmax(np.where(kept, logits, -np.inf)), top_k=k)
 
 
 def test_top_k_keeps_no_more_than_k_of_equal_logits():
-    assert np.count_nonzero(shares([0.0] * 5, top_k=2)) == 2
+    assert np.count_nonzero(frequencies([0.0] * 5, top_k=2)) == 2
 
 
-@given(different_logits, st.floats(0.01, 1))
-@examples(50)
+@for_all(15, 50, different_logits, st.floats(0.01, 1))
 def test_top_p_keeps_the_smallest_set_of_most_likely_tokens_that_reaches_p(logits, top_p):
     full = softmax(logits)
     ranked = np.argsort(-logits)
@@ -73,44 +70,43 @@ def test_top_p_keeps_the_smallest_set_of_most_likely_tokens_that_reaches_p(logit
     assume(abs(sums - top_p).min() > 1e-5)  # or rounding decides
     kept = np.zeros(5)
     kept[ranked[: 1 + np.count_nonzero(sums < top_p)]] = 1
-    assert_shares(logits, full * kept / (full * kept).sum(), top_p=top_p)
+    assert_frequencies(logits, full * kept / (full * kept).sum(), top_p=top_p)
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 1e-300, 0])
 def test_a_tiny_top_p_keeps_the_most_likely_token(top_p):
-    assert shares([0.0, 1.0, 0.5, 0.9, 0.2], top_p=top_p).tolist() == [0, 1, 0, 0, 0]
+    assert frequencies([0.0, 1.0, 0.5, 0.9, 0.2], top_p=top_p).tolist() == [0, 1, 0, 0, 0]
 
 
 def test_top_p_counts_the_tokens_that_top_k_left_over():
     logits = np.log([0.4, 0.3, 0.2, 0.06, 0.04])  # of the first three: 4/9, 3/9, 2/9
     # 0.7 of all, but 0.78 of those left over
-    assert_shares(logits, [4 / 7, 3 / 7, 0, 0, 0], top_k=3, top_p=0.75)
+    assert_frequencies(logits, [4 / 7, 3 / 7, 0, 0, 0], top_k=3, top_p=0.75)
 
 
 def test_top_p_counts_after_the_temperature():
     logits = np.log([0.4, 0.3, 0.3, 1e-9, 1e-9])
-    assert np.count_nonzero(shares(logits, top_p=0.6)) == 2
-    assert np.count_nonzero(shares(logits, temperature=0.05, top_p=0.6)) == 1
+    assert np.count_nonzero(frequencies(logits, top_p=0.6)) == 2
+    assert np.count_nonzero(frequencies(logits, temperature=0.05, top_p=0.6)) == 1
 
 
-def test_a_logit_of_minus_infinity_is_never_drawn():
-    assert_shares([0.0, -np.inf, 0.0, -np.inf, -np.inf], [0.5, 0, 0.5, 0, 0])
+def test_a_logit_of_minus_infinity_is_never_sampled():
+    assert_frequencies([0.0, -np.inf, 0.0, -np.inf, -np.inf], [0.5, 0, 0.5, 0, 0])
 
 
-@given(logits_of_any_kind, top_ks, top_ps)
-@examples(100)
-def test_a_token_that_is_not_kept_is_never_drawn_whatever_the_number(logits, top_k, top_p):
+@for_all(30, 100, logits_of_any_kind, top_ks, top_ps)
+def test_a_token_that_is_not_kept_is_never_sampled_whatever_the_number(logits, top_k, top_p):
     p = np.sort(softmax(logits))[::-1][:top_k]
     p = p / p.sum()
     kept = np.count_nonzero(np.cumsum(p) - p < (1 if top_p is None else top_p) + 1e-5)
     least = np.sort(logits)[::-1][kept - 1]
-    tokens = drawn(logits, [0, np.nextafter(np.float32(1), np.float32(0)), 1.0], top_k=top_k, top_p=top_p)
+    tokens = sampled(logits, [0, np.nextafter(np.float32(1), np.float32(0)), 1.0], top_k=top_k, top_p=top_p)
     assert (logits[tokens] >= least).all()
     assert logits[tokens[0]] == logits.max()
 
 
 def test_a_vocabulary_may_hold_a_single_token():
-    assert drawn([0.3], [0.0, 0.9], Sampler(1)).tolist() == [0, 0]
+    assert sampled([0.3], [0.0, 0.9], Sampler(1)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("options", [dict(top_k=0), dict(top_k=-1), dict(temperature=-0.5)])

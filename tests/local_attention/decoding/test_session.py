@@ -1,60 +1,32 @@
-import platform
+from dataclasses import fields
 from functools import cache
-from itertools import islice
-from shutil import which
 
 import mindspore as ms
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
-from mindspore import nn, ops
+from mindspore import nn
 
 from local_attention import LocalTransformer
-from local_attention.decoding import DecodingSession, UncachedSession, cache_length, generate_tokens
-from local_attention.kernels import library
-from tests.local_attention.cells import both_modes, examples, randomise, run, tensor
-
-SIZES = dict(num_tokens=11, max_seq_len=32, dim=6, depth=1, local_attn_window_size=3, dim_head=4, heads=2, ff_mult=2)
-
-
-def transformer(seed=0, **options):
-    """A small causal LocalTransformer with parameters that matter."""
-    model = LocalTransformer(**SIZES | options)
-    randomise(model, seed)
-    return model
-
-
-def texts(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 11, shape)
-
-
-def fed(decoder, x):
-    """The logits after each token of ``x: (b, n)``, as ``(b, n, num_tokens)``."""
-    return np.stack([decoder.feed(column) for column in x.T], 1)
-
-
-def assert_cached_equals_full(model, x, batch, use_kernels=None):
-    decoder = DecodingSession(model, batch, use_kernels=use_kernels)
-    np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
-    if use_kernels is not None:
-        assert (decoder.steps[1].step.kernels is not None) == use_kernels
-
-
-def test_the_kernels_are_there_wherever_they_can_be_built():
-    """So that the tests that need them are skipped for want of a compiler alone."""
-    can_build = platform.system() == "Linux" and which("g++") is not None
-    assert library() is not None or not can_build, "pip had g++ but did not build kernels.cpp: install again with -v"
-
-
-# The operators in C++ are optional: nothing but the speed of decoding on a CPU depends on them.
-needs_kernels = pytest.mark.skipif(library() is None, reason="pip found no C++ compiler to build kernels.cpp")
-with_and_without_kernels = pytest.mark.parametrize(
-    "use_kernels", [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="operators")]
+from local_attention.decoding import DecodingSession, UncachedSession, session_for
+from local_attention.decoding.session import decoding_session_of
+from local_attention.options import LocalTransformerOptions
+from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run, tensor
+from tests.local_attention.models import (
+    NGRAMS,
+    NUM_TOKENS,
+    SIZES,
+    DecodableMean,
+    Mean,
+    feed_in_pieces,
+    needs_kernels,
+    sequences,
+    transformer,
+    with_and_without_kernels,
 )
 
+# The law of the cache: prefill and decoding give the logits of the full pass.
 
-NGRAMS = dict(max_ngram=4, ngram_buckets=97, ngram_dim=3)
 CONFIGURATIONS = {
     "exact": dict(depth=2),
     "whole windows": dict(exact_windowsize=False),
@@ -69,6 +41,7 @@ CONFIGURATIONS = {
     "windows of one": dict(local_attn_window_size=1),
     "one window": dict(local_attn_window_size=32),
     "xPos": dict(use_xpos=True),
+    "xPos with a base of its own": dict(use_xpos=True, xpos_scale_base=4.0),
     "xPos alone in whole windows": dict(use_xpos=True, use_abs_pos_emb=False, exact_windowsize=False, look_backward=2),
     "dynamic bias": dict(use_dynamic_pos_bias=True),
     "dynamic bias alone, two windows back": dict(use_dynamic_pos_bias=True, use_abs_pos_emb=False, look_backward=2),
@@ -86,46 +59,51 @@ CONFIGURATIONS = {
 }
 
 
+def assert_cached_equals_full(model, x, lengths, **options):
+    """Feed ``x: (b, n)`` in pieces to a session; returns it."""
+    session = DecodingSession(model, len(x), **options)
+    np.testing.assert_allclose(feed_in_pieces(session, x, lengths), run(model, x), atol=1e-4)
+    return session
+
+
+# Options of a model that decoding refuses, or that it knows nothing of; and those with tests of their own below.
+NO_CONFIGURATION = {"causal", "look_forward", "ignore_index"}
+NO_CONFIGURATION |= {"attn_dropout", "ff_dropout", "global_attn_layer", "layers_insert_global_attn"}
+
+
+def test_every_option_of_a_model_is_in_some_configuration():
+    configured = SIZES.keys() | set().union(*CONFIGURATIONS.values())
+    assert {field.name for field in fields(LocalTransformerOptions)} - NO_CONFIGURATION == configured
+
+
+@with_and_without_kernels
+@pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_cached_logits_equal_the_full_pass(options, use_kernels):
+    """One token; six by prefill, in chunks of 4 and 2; seven decoded, up to three per call."""
+    pieces = dict(prefill_chunk=4, prefill_threshold=6, steps_per_call=3)
+    model, x = transformer(**options), sequences(2, 14)
+    session = assert_cached_equals_full(model, x, (1, 6, 5, 2), use_kernels=use_kernels, **pieces)
+    assert session.use_kernels == use_kernels and set(session.graphs) == {1, 4}
+
+
+@pytest.mark.slow
 @with_and_without_kernels
 @pytest.mark.parametrize("options", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_cached_logits_equal_the_full_pass_token_after_token(options, use_kernels):
-    assert_cached_equals_full(transformer(**options), texts(2, 14), 2, use_kernels=use_kernels)
+    assert_cached_equals_full(transformer(**options), sequences(2, 20), (1,) * 20, use_kernels=use_kernels)
 
 
-@both_modes
+@in_a_graph
 @with_and_without_kernels
-def test_cached_logits_equal_the_full_pass_in_both_modes(mode, use_kernels):
-    assert_cached_equals_full(transformer(), texts(2, 13), 2, use_kernels=use_kernels)
+def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
+    pieces = dict(prefill_chunk=4, prefill_threshold=6, steps_per_call=3)
+    model = transformer(**NGRAMS)
+    assert_cached_equals_full(model, sequences(2, 14), (6, 1, 4, 3), use_kernels=use_kernels, **pieces)
 
 
-@needs_kernels
-@pytest.mark.parametrize(("batch", "dim", "heads", "dim_head"), [(8, 37, 2, 17), (19, 70, 5, 8), (1, 96, 1, 64)])
-def test_the_kernels_compute_what_the_operators_do_for_sizes_that_fill_no_vectors(batch, dim, heads, dim_head):
-    sizes = dict(dim=dim, heads=heads, dim_head=dim_head, local_attn_window_size=21, ff_mult=3)
-    model, x = transformer(use_rotary_pos_emb=False, **sizes), texts(batch, 30)
-    with_kernels, without = (fed(DecodingSession(model, batch, use_kernels=use), x) for use in (True, False))
-    np.testing.assert_allclose(with_kernels, without, rtol=1e-5, atol=1e-5)
-
-
-@needs_kernels
-def test_the_kernels_give_the_same_bits_again_and_again():
-    model, x = transformer(dim=96, heads=4, dim_head=64), texts(3, 20)
-    first = fed(DecodingSession(model, 3), x)
-    for _ in range(5):
-        np.testing.assert_array_equal(fed(DecodingSession(model, 3), x), first)
-
-
-@needs_kernels
-def test_the_kernels_are_refused_where_they_cannot_be_used():
-    model = transformer()
-    assert DecodingSession(model).use_kernels
-    model.layers[0].attention.to_q.weight.set_dtype(ms.float16)
-    assert not DecodingSession(model).use_kernels
-    with pytest.raises(ValueError, match="expected use_kernels=False"):
-        DecodingSession(model, use_kernels=True)
-
-
-@given(
+@for_all(
+    4,
+    40,
     options=st.fixed_dictionaries(
         dict(
             depth=st.integers(1, 2),
@@ -149,252 +127,198 @@ def test_the_kernels_are_refused_where_they_cannot_be_used():
     ),
     batch=st.integers(1, 9),
     chunk=st.integers(1, 7),
-    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     use_kernels=st.sampled_from([None, False]),
 )
-@examples(9)
-def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, pieces, use_kernels):
-    model = transformer(**options)
-    length = max(4 * options["local_attn_window_size"] + 2, sum(pieces))
-    x = texts(batch, min(length, 32))
-    decoder = DecodingSession(model, batch, chunk=chunk, chunk_from=2, use_kernels=use_kernels)
-    logits, rest = [], x
-    for piece in [*pieces, length]:  # in pieces, one by one where a piece is a single token
-        if rest.shape[1]:
-            logits.append(decoder.feed(rest[:, :piece]))
-            rest = rest[:, piece:]
-    np.testing.assert_allclose(np.concatenate(logits, 1), run(model, x), atol=1e-4)
+def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, lengths, use_kernels):
+    length = min(max(4 * options["local_attn_window_size"] + 2, sum(lengths)), 32)
+    lengths = np.diff(np.minimum([0, *np.cumsum(lengths), length], length))
+    pieces = dict(prefill_chunk=chunk, prefill_threshold=2)
+    model, x = transformer(**options), sequences(batch, length)
+    assert_cached_equals_full(model, x, lengths[lengths > 0], use_kernels=use_kernels, **pieces)
 
 
-@both_modes
-def test_chunks_equal_the_full_pass_in_both_modes(mode):
-    model, x = transformer(), texts(2, 13)
-    decoder = DecodingSession(model, 2, chunk=4, chunk_from=3)
-    logits = np.concatenate([decoder.feed(part) for part in (x[:, :6], x[:, 6:7], x[:, 7:])], 1)
-    np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
-    assert set(decoder.steps) == {1, 4}
-
-
-def test_a_chunk_is_never_longer_than_the_decay_of_xpos_allows():
-    model = transformer(use_xpos=True, use_abs_pos_emb=False, local_attn_window_size=2)  # with a base of 1
-    decoder, x = DecodingSession(model), texts(1, 300)
-    np.testing.assert_allclose(decoder.feed(x), run(model, x), atol=1e-4)
-    assert len(decoder.steps) == 1 and decoder.chunk == 55
-
-
-def test_few_tokens_are_fed_one_by_one_and_many_in_chunks():
-    decoder = DecodingSession(transformer(), chunk=4, chunk_from=6)
-    decoder.feed(texts(1, 5))
-    assert set(decoder.steps) == {1}
-    decoder.feed(texts(1, 6))
-    assert set(decoder.steps) == {1, 4}
-    assert decoder.position == 11
-
-
-@given(st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=3))
-@examples(6)
-def test_with_and_without_the_cache_a_context_starts_again_at_the_same_places(limit, pieces):
-    model = transformer(max_seq_len=limit, **NGRAMS)
-    cached, full = DecodingSession(model, chunk=3, chunk_from=2), UncachedSession(model, 1)
-    for piece in pieces:
-        x = texts(1, piece, seed=piece)
-        np.testing.assert_allclose(cached.feed(x), full.feed(x), atol=1e-4)
-        assert cached.position == full.position <= limit
-
-
-@given(limit=st.integers(1, 7), prompt=st.integers(1, 30), fed_before=st.integers(0, 9))
-@examples(20)
-def test_of_a_prompt_beyond_max_seq_len_only_what_counts_is_computed(limit, prompt, fed_before):
-    contexts = [StandIn(long_model(limit), 1) for _ in range(2)]
-    for context in contexts:
-        if fed_before:
-            context.feed(texts(1, fed_before, seed=1))
-        context.fed = 0
-    text, uniforms = texts(1, prompt), np.zeros((1, 1))
-    contexts[0].draw(text, uniforms, None)
-    if prompt > 1:
-        contexts[1].feed(text[:, :-1])
-    contexts[1].draw(text[:, -1:], uniforms, None)
-    one, other = contexts
-    assert one.context == other.context and one.length == other.length and one.position == other.position
-    assert one.fed <= min(other.fed, 2 * limit)
-
-
-@cache
-def long_model(limit):
-    return transformer(max_seq_len=limit)
-
-
-class StandIn(UncachedSession):
-    """Computes nothing, but notes how many tokens it would have, and which the newest one sees."""
-
-    fed = 0
-
-    def advance(self, tokens):
-        self.text = np.concatenate([self.text, tokens], 1)
-        self.fed += tokens.shape[1]
-        return np.zeros((*tokens.shape, 11), np.float32)
-
-    def draw_some(self, tokens, uniforms, rule):
-        self.advance(tokens[:, None])
-        self.context = self.text.tolist()
-        return tokens[:, None]
-
-
-def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
-    model = transformer(attn_dropout=0.5, ff_dropout=0.5)
-    wanted = run(model.set_train(False), texts(1, 6))
-    model.set_train()
-    np.testing.assert_allclose(fed(DecodingSession(model), texts(1, 6)), wanted, atol=1e-4)
-    assert model.training and model.layers[0].training
-
-
-@pytest.mark.parametrize("options", [{}, dict(exact_windowsize=False, use_abs_pos_emb=False)], ids=["exact", "whole"])
-def test_greedy_text_is_the_same_with_and_without_the_cache(options):
-    model, prompt, length = transformer(seed=1, **options), [3, 1, 4], 15
-    cached = [int(token) for (token,) in generate_tokens(DecodingSession(model), prompt, length, temperature=0)]
-    text = list(prompt)
-    for _ in range(length):
-        text.append(int(run(model, [text])[0, -1].argmax()))
-    assert cached == text[3:]
-    assert len(set(cached)) > 2  # no model that always says the same
-
-
-def test_the_size_of_the_cache_depends_on_the_window_alone():
-    for options, size in [
-        (dict(), 4),
-        (dict(exact_windowsize=False), 6),
-        (dict(look_backward=2), 7),
-        (dict(look_backward=2, exact_windowsize=False), 9),
-        (dict(look_backward=0), 1),
-    ]:
-        model = transformer(max_seq_len=1000, **options)
-        assert cache_length(model.layers[0].attention.attention) == size
-        decoder = DecodingSession(model, 3, chunk=5)
-        decoder.feed(texts(3, 20))
-        assert [p.shape for ring in decoder.rings for p in ring] == [
-            (3 * 2 * (size + 1), 4)
-        ] * 2  # with the slot that nobody sees
+def test_without_learned_positions_a_sequence_goes_on_far_beyond_max_seq_len():
+    model = transformer(max_seq_len=4, use_abs_pos_emb=False)
+    assert_cached_equals_full(model, sequences(1, 50), (50,))
 
 
 def test_a_million_tokens_on_logits_are_as_good_as_at_the_beginning():
-    options = dict(use_abs_pos_emb=False, local_attn_window_size=5, look_backward=1, dim_head=8)
-    x = texts(2, 17)
+    options = dict(use_abs_pos_emb=False, local_attn_window_size=2, dim_head=8)
+    x = sequences(2, 11)
     for more in ({}, dict(use_xpos=True), dict(exact_windowsize=False), dict(use_dynamic_pos_bias=True)):
         model = transformer(**options, **more)
-        decoder = DecodingSession(model, 2, chunk=6, chunk_from=2, burst=3)
-        decoder.position = 10**6  # nothing held lies in sight, so the text may as well begin here
-        logits = np.concatenate([decoder.feed(x[:, :1]), decoder.feed(x[:, 1:13]), decoder.feed(x[:, 13:])], 1)
+        session = DecodingSession(model, 2, prefill_chunk=6, prefill_threshold=4, steps_per_call=3)
+        session.position = 10**6  # nothing cached lies in sight, so the sequence may as well begin here
+        logits = feed_in_pieces(session, x, (1, 7, 3))
         near = DecodingSession(model, 2).feed(x)
         # what lies before it: slots that hold nothing but zeros, seen with a score of 0
         alone = 2 * options["local_attn_window_size"]
         np.testing.assert_allclose(logits[:, alone:], near[:, alone:], atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["graph"], indirect=True)
-def test_a_greedy_text_of_a_thousand_bytes_is_what_the_full_pass_says(mode):
-    model = transformer(num_tokens=256, max_seq_len=1004, dim=16, depth=2, dim_head=8, local_attn_window_size=8)
-    text = model.generate(tensor([[1, 2, 3]]), 1000, temperature=0).asnumpy()[0].tolist()
-    likeliest = run(model, [[1, 2, 3, *text]])[0, 2:-1].argmax(-1)
-    assert text == likeliest.tolist()
-    assert len(set(text)) > 2
-
-
-def test_without_learned_positions_text_goes_on_far_beyond_max_seq_len():
-    model = transformer(max_seq_len=4, use_abs_pos_emb=False)
-    assert_cached_equals_full(model, texts(1, 80), 1)
-
-
-@pytest.mark.parametrize("limit", [1, 2, 7, 8])
-def test_beyond_max_seq_len_the_context_starts_again_from_its_newest_half(limit):
-    model = transformer(max_seq_len=limit, local_attn_window_size=2, look_backward=2)
-    decoder = DecodingSession(model, 2)
-    context = np.zeros((2, 0), int)
-    for token in texts(2, 3 * limit).T:
-        if context.shape[1] == limit:
-            context = context[:, limit - limit // 2 :]
-        context = np.concatenate([context, token[:, None]], 1)
-        np.testing.assert_allclose(decoder.feed(token), run(model, context)[:, -1], atol=1e-4)
-
-
 def test_the_rows_of_a_batch_do_not_see_each_other():
-    model, x = transformer(), texts(3, 9)
-    together = fed(DecodingSession(model, 3), x)
+    model, x = transformer(), sequences(3, 9)
+    together = DecodingSession(model, 3).feed(x)
     for row in range(3):
-        np.testing.assert_allclose(together[row], fed(DecodingSession(model), x[row : row + 1])[0], atol=1e-5)
-    x[1] = (x[1] + 1) % 11
-    changed = fed(DecodingSession(model, 3), x)
+        np.testing.assert_allclose(together[row], DecodingSession(model).feed(x[row : row + 1])[0], atol=1e-5)
+    x[1] = (x[1] + 1) % NUM_TOKENS
+    changed = DecodingSession(model, 3).feed(x)
     np.testing.assert_array_equal(changed[[0, 2]], together[[0, 2]])
     assert abs(changed[1] - together[1]).max() > 0.01
 
 
-def test_two_decoders_of_one_model_do_not_disturb_each_other():
-    model, x = transformer(), texts(2, 10)
-    decoders = DecodingSession(model), DecodingSession(model)
-    for i in range(10):
-        for decoder, row in zip(decoders, x, strict=True):
-            logits = decoder.feed(row[i : i + 1])
-            np.testing.assert_allclose(logits[0], run(model, row[None, : i + 1])[0, -1], atol=1e-4)
+# Prefill and decoding
 
 
-def test_after_a_reset_nothing_of_the_former_context_is_left():
+def test_few_tokens_are_decoded_one_by_one_and_many_by_prefill():
+    session = DecodingSession(transformer(), prefill_chunk=4, prefill_threshold=6)
+    session.feed(sequences(1, 5))
+    assert set(session.graphs) == {1}
+    session.feed(sequences(1, 6))
+    assert set(session.graphs) == {1, 4}
+    assert session.position == 11
+
+
+def test_prefill_never_takes_more_tokens_than_the_decay_of_xpos_allows():
+    model = transformer(use_xpos=True, use_abs_pos_emb=False, local_attn_window_size=2)  # with a base of 1
+    session = assert_cached_equals_full(model, sequences(1, 60), (60,), prefill_threshold=2)
+    assert set(session.graphs) == {session.prefill_chunk} == {55}
+
+
+@needs_kernels
+def test_the_kernels_are_refused_where_they_cannot_be_used():
+    model = transformer()
+    assert DecodingSession(model).use_kernels
+    model.layers[0].attention.to_q.weight.set_dtype(ms.float16)
+    assert not DecodingSession(model).use_kernels
+    with pytest.raises(ValueError, match="expected use_kernels=False"):
+        DecodingSession(model, use_kernels=True)
+
+
+# A model and its sessions
+
+
+def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
+    model = transformer(attn_dropout=0.5, ff_dropout=0.5)
+    full = run(model.set_train(False), sequences(1, 6))
+    model.set_train()
+    np.testing.assert_allclose(DecodingSession(model).feed(sequences(1, 6)), full, atol=1e-4)
+    assert model.training and model.layers[0].training
+
+
+def test_two_sessions_of_one_model_do_not_disturb_each_other():
+    model, x = transformer(), sequences(2, 7)
+    sessions, full = (DecodingSession(model), DecodingSession(model)), run(model, x)
+    for i in range(7):
+        for session, row, logits in zip(sessions, x, full, strict=True):
+            np.testing.assert_allclose(session.feed(row[i : i + 1])[0], logits[i], atol=1e-4)
+
+
+def test_after_a_reset_nothing_of_the_former_sequence_is_left():
     model = transformer(**NGRAMS)
-    decoder = DecodingSession(model)
-    fed(decoder, texts(1, 7))
-    decoder.reset()
-    x = texts(1, 9, seed=1)
-    np.testing.assert_array_equal(fed(decoder, x), fed(DecodingSession(model), x))
+    session, x = DecodingSession(model), sequences(1, 9, seed=1)
+    session.feed(sequences(1, 7))
+    session.reset()
+    np.testing.assert_array_equal(session.feed(x), DecodingSession(model).feed(x))
 
 
 def test_the_model_is_not_changed_by_decoding():
-    model, x = transformer(), texts(1, 8)
-    before, names = run(model, x), [p.name for p in model.trainable_params()]
-    fed(DecodingSession(model), x)
+    model, x = transformer(), sequences(1, 8)
+    before, names = run(model, x), [p.name for p in model.get_parameters()]
+    DecodingSession(model).feed(x)
     np.testing.assert_array_equal(run(model, x), before)
-    assert [p.name for p in model.trainable_params()] == names
+    assert [p.name for p in model.get_parameters()] == names
 
 
 @both_modes
-def test_a_decoder_follows_the_weights_of_its_model(mode):
-    model, x = transformer(), texts(1, 5)
-    decoder = DecodingSession(model)
-    fed(decoder, x)
+def test_a_session_follows_the_weights_of_its_model(mode):
+    model, x = transformer(), sequences(1, 5)
+    session = DecodingSession(model)
+    session.feed(x)
     randomise(model, seed=1)
-    decoder.reset()
-    np.testing.assert_allclose(fed(decoder, x), run(model, x), atol=1e-4)
+    session.reset()
+    np.testing.assert_allclose(session.feed(x), run(model, x), atol=1e-4)
+
+
+def test_a_model_keeps_its_last_session_for_the_same_batch():
+    model = transformer()
+    session = decoding_session_of(model, 2)
+    assert session_for(model, 2) is session is decoding_session_of(model, 2)
+    assert decoding_session_of(model, 1) is not session
+    assert decoding_session_of(transformer(), 2) is not session
+
+
+@pytest.mark.parametrize("options", [dict(causal=False), dict(num_tokens=None)])
+def test_a_model_that_cannot_be_decoded_is_refused(options):
+    with pytest.raises(ValueError, match="causal model with num_tokens"):
+        DecodingSession(LocalTransformer(**SIZES | options))
+
+
+# Restarts of the context, where learned positions run out
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, pytest.param(8, marks=pytest.mark.slow)])
+def test_beyond_max_seq_len_the_context_restarts_from_its_newest_half(limit):
+    model = transformer(max_seq_len=limit, local_attn_window_size=2, look_backward=2)
+    session = DecodingSession(model, 2)
+    context = np.zeros((2, 0), int)
+    for token in sequences(2, 3 * limit).T:
+        if context.shape[1] == limit:
+            context = context[:, limit - limit // 2 :]
+        context = np.concatenate([context, token[:, None]], 1)
+        np.testing.assert_allclose(session.feed(token), run(model, context)[:, -1], atol=1e-4)
+
+
+@for_all(3, 20, st.integers(1, 5), st.lists(st.integers(1, 7), min_size=1, max_size=3))
+def test_with_and_without_the_cache_the_context_restarts_at_the_same_places(limit, lengths):
+    model = transformer(max_seq_len=limit, **NGRAMS)
+    cached, full = DecodingSession(model, prefill_chunk=3, prefill_threshold=2), UncachedSession(model, 1)
+    for length in lengths:
+        x = sequences(1, length, seed=length)
+        np.testing.assert_allclose(cached.feed(x), full.feed(x), atol=1e-4)
+        assert cached.position == full.position <= limit
+
+
+@for_all(20, 100, limit=st.integers(1, 7), prompt=st.integers(1, 30), fed_before=st.integers(0, 9))
+def test_of_a_prompt_beyond_max_seq_len_only_what_counts_is_computed(limit, prompt, fed_before):
+    sessions = [CountingSession(model_with_positions(limit), 1) for _ in range(2)]
+    for session in sessions:
+        if fed_before:
+            session.feed(sequences(1, fed_before, seed=1))
+        session.computed = 0
+    x, uniforms = sequences(1, prompt), np.zeros((1, 1))
+    sessions[0].sample(x, uniforms, None)
+    if prompt > 1:
+        sessions[1].feed(x[:, :-1])
+    sessions[1].sample(x[:, -1:], uniforms, None)
+    at_once, fed = sessions
+    assert at_once.seen == fed.seen and at_once.length == fed.length and at_once.position == fed.position
+    assert at_once.computed <= min(fed.computed, 2 * limit)
+
+
+@cache
+def model_with_positions(limit):
+    return transformer(max_seq_len=limit)
+
+
+class CountingSession(UncachedSession):
+    """Computes nothing, but counts the tokens that it would have computed, and notes which the newest one sees."""
+
+    computed = 0
+
+    def advance(self, tokens):
+        self.context = np.concatenate([self.context, tokens], 1)
+        self.computed += tokens.shape[1]
+        return np.zeros((*tokens.shape, NUM_TOKENS), np.float32)
+
+    def sample_some(self, tokens, uniforms, rule):
+        self.advance(tokens[:, None])
+        self.seen = self.context.tolist()
+        return tokens[:, None]
 
 
 # Global layers
-
-
-class Mean(nn.Cell):
-    """The mean of the text so far, a projection of it."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.to_out = nn.Dense(dim, dim)
-
-    def construct(self, x):
-        n = x.shape[1]
-        return self.to_out(ops.matmul(tensor(np.tril(np.ones((n, n))) / np.arange(1, n + 1)[:, None]), x))
-
-    def decoding_cell(self, batch):
-        return MeanStep(self, batch)
-
-
-class MeanStep(nn.Cell):
-    """:class:`Mean`, token by token."""
-
-    def __init__(self, mean, batch):
-        super().__init__(auto_prefix=False)
-        self.mean = mean
-        shape = (batch, 1, mean.to_out.in_channels)
-        self.sum = ms.Parameter(tensor(np.zeros(shape)), name="sum", requires_grad=False)
-
-    def construct(self, x, position):
-        total = x + self.sum * (position > 0).astype(x.dtype)
-        ops.assign(self.sum, total)
-        return self.mean.to_out(total / (position + 1).astype(x.dtype))
 
 
 @pytest.mark.parametrize(
@@ -403,162 +327,59 @@ class MeanStep(nn.Cell):
     indirect=["mode"],
 )
 def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, options):
-    model = transformer(depth=2, global_attn_layer=Mean(6), **options)
-    decoder, x = DecodingSession(model, 2, chunk=4, chunk_from=2), texts(2, 11)
-    decoder.feed(texts(2, 5, seed=3))
-    decoder.reset()
-    logits = np.concatenate([decoder.feed(x[:, :6]), decoder.feed(x[:, 6:])], 1)
-    np.testing.assert_allclose(logits, run(model, x), atol=1e-4)
+    model = transformer(depth=2, global_attn_layer=DecodableMean(6), **options)
+    session, x = DecodingSession(model, 2, prefill_chunk=4, prefill_threshold=2), sequences(2, 8)
+    session.feed(sequences(2, 5, seed=3))
+    session.reset()
+    np.testing.assert_allclose(feed_in_pieces(session, x, (5, 3)), run(model, x), atol=1e-4)
 
 
-def test_a_global_layer_without_one_is_refused_by_the_decoder():
+def test_a_global_layer_without_one_is_refused():
     with pytest.raises(ValueError, match="a method decoding_cell"):
-        DecodingSession(transformer(global_attn_layer=nn.Dense(6, 6)))
+        DecodingSession(transformer(global_attn_layer=Mean(6)))
 
 
-# generate_tokens
-
-
-@cache
-def decoder_of(batch):
-    """One decoder a batch size, all of one model."""
-    return DecodingSession(shared_model(), batch)
-
-
-@cache
-def shared_model():
-    return transformer(seed=1, use_abs_pos_emb=False)
-
-
-def generated(batch=1, prompt=(1, 2), length=10, **options):
-    """``(batch, length)`` tokens."""
-    drawn = list(generate_tokens(decoder_of(batch), prompt, length, **options))
-    assert all(tokens.shape == (batch,) and tokens.dtype == np.int32 for tokens in drawn)
-    return np.stack(drawn, 1)
-
-
-def test_the_same_seed_gives_the_same_text_and_another_seed_another():
-    assert (generated(seed=5) == generated(seed=5)).all()
-    assert (generated(seed=5) != generated(seed=6)).any()
-    assert (generated() == generated(seed=0)).all()
-
-
-def test_a_tuple_of_numbers_is_a_seed():
-    texts = [generated(seed=seed).tolist() for seed in [(3, 1), (3, 2), (4, 1), 3]]
-    assert generated(seed=(3, 1)).tolist() == texts[0]
-    assert all(texts[i] != texts[j] for i in range(4) for j in range(i))
-
-
-def test_each_row_is_the_same_whatever_the_batch():
-    single, pair, three = (generated(batch, seed=7) for batch in (1, 2, 3))
-    np.testing.assert_array_equal(pair[:1], single)
-    np.testing.assert_array_equal(three[:2], pair)
-    assert (three[0] != three[1]).any() and (three[1] != three[2]).any()
-
-
-def test_a_text_begins_anew_whatever_was_fed_before():
-    first = generated(seed=1)
-    decoder_of(1).feed([9])
-    assert (generated(seed=1) == first).all()
-
-
-def test_the_options_of_sampling_are_obeyed():
-    greedy = generated(temperature=0)
-    assert (generated(top_k=1, seed=1) == greedy).all()
-    assert (generated(top_p=1e-6, seed=1) == greedy).all()
-    assert (generated(temperature=1e-6, seed=1) == greedy).all()
-    assert (generated(seed=1) != greedy).any()
-
-
-def test_tokens_are_drawn_as_the_logits_say():
-    logits = run(shared_model(), [[1, 2]])[0, -1].astype(np.float64)
-    p = np.exp(logits) / np.exp(logits).sum()
-    drawn = generated(400, length=1)[:, 0]
-    np.testing.assert_allclose(np.bincount(drawn, minlength=11) / 400, p, atol=0.07)
-
-
-def test_the_prompt_matters_and_may_be_a_single_token():
-    assert generated(prompt=[3], seed=1).shape == (1, 10)
-    assert (generated(prompt=[3, 4], temperature=0) != generated(prompt=[5, 9], temperature=0)).any()
-
-
-def test_the_first_token_comes_at_once_and_later_ones_in_bursts():
-    model = transformer()
-    decoder, fed_when_drawn = DecodingSession(model, burst=4), []
-    tokens = generate_tokens(decoder, [1, 2], None, seed=3)
-    first = []
-    for token in islice(tokens, 13):
-        first.append(int(token[0]))
-        fed_when_drawn.append(decoder.position)
-    # the prompt; then the newest token with all but the last of its burst: 1, 2, 4, 8 (in two calls) tokens
-    assert fed_when_drawn == [2, 4, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16]
-    assert first == [int(t) for (t,) in generate_tokens(decoder, [1, 2], 13, seed=3)]
-
-
-@pytest.mark.parametrize("options", [NGRAMS, dict(max_seq_len=7, **NGRAMS), dict(use_abs_pos_emb=False)])
-def test_bursts_draw_what_one_token_at_a_time_would(options):
-    model, all_drawn = transformer(seed=1, **options), []
-    for context in (DecodingSession(model, 2, burst=1), DecodingSession(model, 2, burst=5), UncachedSession(model, 2)):
-        drawn = np.stack(list(generate_tokens(context, texts(2, 3), 30, seed=3, top_p=0.9)), 1)
-        all_drawn.append(drawn)
-        assert context.length == 32  # all but the last one drawn
-    np.testing.assert_array_equal(all_drawn[1], all_drawn[0])
-    np.testing.assert_array_equal(all_drawn[2], all_drawn[0])
-
-
-def test_a_new_rule_of_sampling_holds_for_a_compiled_decoder():
-    decoder = DecodingSession(shared_model())
-    for options in (dict(temperature=0), dict(temperature=5), dict(top_k=2), dict(top_p=0.3), dict(temperature=0)):
-        drawn, again = (
-            [int(t) for (t,) in generate_tokens(d, [1, 2], 20, seed=1, **options)]
-            for d in (decoder, UncachedSession(shared_model(), 1))
-        )
-        assert drawn == again
-
-
-def test_no_token_is_drawn_for_a_length_of_zero():
-    assert list(generate_tokens(DecodingSession(transformer()), [1], 0)) == []
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="at least one token"):
-        next(generate_tokens(DecodingSession(transformer()), [], 3))
+def test_a_model_with_such_a_layer_gets_a_session_without_a_cache_and_a_warning():
+    with pytest.warns(UserWarning, match="no method decoding_cell: each token computes the whole context again"):
+        assert isinstance(session_for(transformer(global_attn_layer=nn.Dense(6, 6)), 1), UncachedSession)
 
 
 # LocalTransformer(cache=, return_cache=)
 
 
 @pytest.mark.parametrize(
-    "options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=Mean(6))]
+    "options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=DecodableMean(6))]
 )
 def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
-    model, x = transformer(**options), texts(2, 12)
-    wanted = run(model, x)
+    model, x = transformer(**options), sequences(2, 9)
+    full = run(model, x)
     logits, cache = model(tensor(x[:, :5]), return_cache=True)
-    np.testing.assert_allclose(logits.asnumpy(), wanted[:, :5], atol=1e-4)
-    for n in range(6, 11):
+    np.testing.assert_allclose(logits.asnumpy(), full[:, :5], atol=1e-4)
+    for n in (6, 7):
         logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
-        assert logits.shape == (2, 1, 11)
-        np.testing.assert_allclose(logits.asnumpy(), wanted[:, n - 1 : n], atol=1e-4)
-    np.testing.assert_allclose(model(tensor(x), cache=cache).asnumpy(), wanted[:, 10:], atol=1e-4)
+        assert logits.shape == (2, 1, NUM_TOKENS)
+        np.testing.assert_allclose(logits.asnumpy(), full[:, n - 1 : n], atol=1e-4)
+    np.testing.assert_allclose(model(tensor(x), cache=cache).asnumpy(), full[:, 7:], atol=1e-4)
 
 
-@both_modes
+@in_a_graph
 @with_and_without_kernels
-def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels):
-    model, x = transformer(), texts(2, 8)
-    model.decoder = DecodingSession(model, 2, use_kernels=use_kernels)
+def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels, monkeypatch):
+    model, x = transformer(), sequences(2, 8)
+    session = DecodingSession(model, 2, use_kernels=use_kernels)
+    monkeypatch.setitem(vars(model), "_decoding_session", session)
     _, cache = model(tensor(x[:, :6]), return_cache=True)
-    for seed in (1, 2, 3):
-        other = np.concatenate([x[:, :6], texts(2, 2, seed=seed)], 1)
+    for seed in (1, 2):
+        other = np.concatenate([x[:, :6], sequences(2, 2, seed=seed)], 1)
         np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
+    assert decoding_session_of(model, 2) is session  # else this tested the default
 
 
 def test_a_cache_outlives_the_length_of_learned_positions():
-    model, x, decoder = transformer(max_seq_len=8), texts(1, 20), DecodingSession(transformer(max_seq_len=8))
-    _, cache = model(tensor(x[:, :7]), return_cache=True)
-    wanted = fed(decoder, x)
-    for n in range(8, 21):
+    model, x, session = transformer(max_seq_len=6), sequences(1, 15), DecodingSession(transformer(max_seq_len=6))
+    _, cache = model(tensor(x[:, :5]), return_cache=True)
+    wanted = session.feed(x)
+    for n in range(6, 16):
         logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
         np.testing.assert_allclose(logits.asnumpy()[:, 0], wanted[:, n - 1], atol=1e-5)
 
@@ -574,73 +395,6 @@ def test_a_cache_outlives_the_length_of_learned_positions():
 )
 def test_what_does_not_fit_a_cache_is_refused(shape, options, message):
     model = transformer()
-    _, cache = model(tensor(texts(2, 5)), return_cache=True)
+    _, cache = model(tensor(sequences(2, 5)), return_cache=True)
     with pytest.raises(ValueError, match=message):
-        model(tensor(texts(*shape)), cache=cache, **options)
-
-
-# LocalTransformer.generate
-
-
-def prime(*shape, seed=0):
-    return tensor(texts(*shape, seed=seed))
-
-
-@pytest.mark.parametrize("use_kv_cache", [True, False])
-def test_generate_continues_each_row_of_the_prime(use_kv_cache):
-    model = transformer(seed=1)
-    text = model.generate(prime(2, 4), 6, temperature=0, use_kv_cache=use_kv_cache)
-    assert text.shape == (2, 6) and text.dtype == ms.int32
-    for row in range(2):
-        alone = texts(2, 4)[row].tolist()
-        for _ in range(6):
-            alone.append(int(run(model, [alone])[0, -1].argmax()))
-        assert text.asnumpy()[row].tolist() == alone[4:]
-
-
-def test_generate_draws_the_same_for_the_same_seed():
-    model = transformer(seed=1)
-    first, again, other = (model.generate(prime(2, 3), 12, filter_thres=0, seed=s).asnumpy() for s in (5, 5, 6))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-def test_generate_without_a_seed_follows_that_of_mindspore():
-    model, drawn = transformer(seed=1), []
-    for seed in (3, 3, 4):
-        ms.set_seed(seed)
-        drawn.append(model.generate(prime(1, 3), 12, filter_thres=0).asnumpy().tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-def tokens_drawn(model, **options):
-    """The set of tokens that come first in 200 texts."""
-    return set(model.generate(tensor(np.tile(texts(1, 3), (200, 1))), 1, seed=1, **options).asnumpy()[:, 0].tolist())
-
-
-def test_filter_thres_leaves_the_likeliest_share_of_the_tokens():
-    model = transformer(seed=1)
-    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
-    for filter_thres, left in [(0.9, 1), (0.7, 3), (0.5, 5), (0, 11)]:
-        assert tokens_drawn(model, filter_thres=filter_thres, temperature=5) == set(order[:left])
-
-
-def test_generate_has_top_k_and_top_p_instead():
-    model = transformer(seed=1)
-    order = (-run(model, texts(1, 3))[0, -1]).argsort().tolist()
-    assert tokens_drawn(model, top_k=4, temperature=5) == set(order[:4])
-    assert tokens_drawn(model, top_p=1e-6) == set(order[:1])
-    assert len(tokens_drawn(model, top_p=1.0, temperature=5)) == 11
-
-
-def test_a_text_of_no_tokens_is_empty():
-    assert transformer().generate(prime(2, 3), 0).shape == (2, 0)
-
-
-@pytest.mark.parametrize("options", [dict(causal=False), dict(num_tokens=None)])
-def test_a_model_that_cannot_be_decoded_is_refused(options):
-    model = LocalTransformer(
-        **dict(num_tokens=11, max_seq_len=8, dim=8, depth=1, heads=1, dim_head=4, local_attn_window_size=4) | options
-    )
-    with pytest.raises(ValueError, match="causal model with num_tokens"):
-        DecodingSession(model)
+        model(tensor(sequences(*shape)), cache=cache, **options)
