@@ -1,12 +1,14 @@
 """Sample text from a trained run: ``python generate.py run=RUN_DIR prompt="== History =="``; README.md shows how."""
 
+from omegaconf import DictConfig
+
 from local_attention.training.command import command
 from local_attention.training.config import GenerateConfig, generate_config
 
 
 @command("generate", GenerateConfig)
-def main(composed):
-    config = generate_config(composed)  # every mistake in the config ends here, before the imports that take seconds
+def main(composed: DictConfig) -> None:
+    config = generate_config(composed)  # mistakes in the config end here, before the imports, which take seconds
 
     import os
     import sys
@@ -28,33 +30,40 @@ def main(composed):
     model, meta = load_model(path)
     print(f"{path}, step {meta['step']:,}", file=sys.stderr)
 
-    # All samples grow together, one a row. The first is shown as it grows, the others when they are complete.
-    decoder, output = DecodingSession(model, config.num_samples), ByteOutput()
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed)
-    tokens = generate_tokens(decoder, list(prompt or b"\n"), config.length or None, **sampling)
+    # The samples are generated as one batch. The first is printed while it grows, the others when they are complete.
+    session, output = DecodingSession(model, config.num_samples), ByteOutput()
+    tokens = generate_tokens(
+        session,
+        list(prompt or b"\n"),
+        config.length or None,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
     samples, begin = [bytearray() for _ in range(config.num_samples)], None
 
-    def head(number):
+    def print_prompt(number: int) -> None:
         if config.num_samples > 1:
             print(f"--- sample {number} of {config.num_samples}", file=sys.stderr)
         print(as_text(prompt), end="", file=sys.stderr, flush=True)
 
     try:
-        head(1)
+        print_prompt(1)
         for row in tokens:
-            begin = begin or time.monotonic()  # after compiling and the prompt
+            begin = begin or time.monotonic()  # leaves out compilation and prefill
             for sample, token in zip(samples, row, strict=True):
                 sample.append(token)
             output.write(bytes([row[0]]))
         output.end()
         for number, sample in enumerate(samples[1:], 2):
-            head(number)
+            print_prompt(number)
             output.write(bytes(sample))
             output.end()
     finally:
         if begin:
-            drawn = sum(map(len, samples))
-            print(f"{drawn / (time.monotonic() - begin):,.0f} bytes/s", file=sys.stderr)
+            generated = sum(map(len, samples))
+            print(f"{generated / (time.monotonic() - begin):,.0f} bytes/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

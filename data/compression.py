@@ -1,4 +1,4 @@
-"""Read a file whether it is compressed or not, told by its content and never by its name."""
+"""Read raw and compressed files. The compression is detected from the content, not from the file name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import gzip
 import lzma
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from data.errors import DataError
 
 CHUNK = 1 << 20  # bytes read at a time
 
-# How a file of each kind begins. bzip2's magic is plain text ("BZh9"), so its first block's magic is checked as well.
+# First bytes of each file type. As bzip2's magic ("BZh9") may begin a text, its first block's magic is checked, too.
 _MAGIC = {
     "zip": re.compile(rb"PK(\x03\x04|\x05\x06)"),
     "gz": re.compile(rb"\x1f\x8b\x08"),
@@ -29,10 +29,10 @@ _MAGIC = {
 
 
 def kind(path: Path) -> str | None:
-    """How a file is compressed: "zip", "gz", "xz", "bz2", or None for a raw file.
+    """Detect how a file is compressed: "zip", "gz", "xz", "bz2", or None for a raw file.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or it is empty.
+        DataError: the file does not exist, cannot be read, or is empty.
     """
     try:
         if not path.exists():
@@ -49,19 +49,19 @@ def kind(path: Path) -> str | None:
 
 
 def read(path: Path, limit: int | None = None) -> np.ndarray:
-    """The unpacked bytes of a file.
+    """Return the decompressed bytes of a file.
 
-    A raw file is mapped, not read: its pages come when they are touched, and all processes of a machine share them.
+    A raw file is memory-mapped: pages are loaded on access and shared by all processes on the machine.
 
     Args:
         path: a raw or compressed file.
-        limit: stop after that many bytes.
+        limit: return at most this many bytes; None for all.
 
     Returns:
         (n,) uint8.
 
     Raises:
-        DataError: the file is missing, unreadable, empty or damaged.
+        DataError: the file is missing, unreadable, empty or corrupt.
     """
     if kind(path) is None:
         mapped = np.memmap(path, dtype=np.uint8, mode="r")
@@ -75,22 +75,30 @@ def read(path: Path, limit: int | None = None) -> np.ndarray:
 
 
 def chunks(path: Path) -> Iterator[bytes]:
-    """The unpacked bytes of a file, piece by piece.
+    """Yield the decompressed bytes of a file in chunks of at most `CHUNK` bytes.
 
     Raises:
-        DataError: the file is missing, unreadable, empty or damaged, or a zip that does not hold exactly one file.
+        DataError: the file is missing, unreadable, empty or corrupt, or a zip that does not contain exactly one file.
     """
-    opener = {"zip": _open_zip, "gz": gzip.open, "xz": lzma.open, "bz2": bz2.open, None: partial(open, mode="rb")}
-    packed = kind(path)
+    opener: dict[str | None, Callable[[Path], AbstractContextManager[Any]]] = {
+        "zip": _open_zip,
+        "gz": gzip.open,
+        "xz": lzma.open,
+        "bz2": bz2.open,
+        None: partial(open, mode="rb"),
+    }
+    compression = kind(path)
     try:
-        with opener[packed](path) as file:
+        with opener[compression](path) as file:
             while chunk := file.read(CHUNK):
                 yield chunk
     except DataError:
         raise
-    except Exception as error:  # for a damaged archive the standard library raises anything, even IndexError
+    except Exception as error:  # on a corrupt archive the standard library may raise any exception, even IndexError
         reason = str(error) or type(error).__name__
-        raise DataError(f"{path} cannot be unpacked as {packed}: {reason}; replace it with an intact file") from error
+        raise DataError(
+            f"{path} cannot be decompressed as {compression}: {reason}; replace it with an intact file"
+        ) from error
 
 
 @contextmanager
@@ -98,6 +106,6 @@ def _open_zip(path: Path) -> Iterator[IO[bytes]]:
     with zipfile.ZipFile(path) as archive:
         files = [entry for entry in archive.infolist() if not entry.is_dir()]
         if len(files) != 1:
-            raise DataError(f"{path} must hold exactly one file, but holds {len(files)}: unpack it and give one")
+            raise DataError(f"{path} must contain exactly one file, but contains {len(files)}: extract one of them")
         with archive.open(files[0]) as file:
             yield file

@@ -1,4 +1,4 @@
-"""A corpus: one array of bytes and its three splits."""
+"""A corpus: one array of bytes with a training, a validation and a test split."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import numpy as np
 
 from data.errors import DataError
 
-# The customary split of enwik8 in per cent, in order: of its 100,000,000 bytes, 90, 5 and 5 million.
-CUTS = {"train": (0, 90), "val": (90, 95), "test": (95, 100)}
+# Start and stop of each split in per cent. For enwik8 this is the standard split: 90, 5 and 5 million bytes.
+SPLITS = {"train": (0, 90), "val": (90, 95), "test": (95, 100)}
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Named bytes, split 90/5/5 in order. The splits are views: nothing is copied.
+    """A named byte array whose first 90% are for training, the next 5% for validation, the last 5% for testing.
+
+    The splits are views of the array; nothing is copied.
 
     Args:
-        name: what logs and errors call it.
-        bytes: (n,) uint8; kept as a read-only view.
+        name: used in log messages and errors.
+        bytes: (n,) uint8; stored as a read-only view.
 
     Raises:
-        DataError: there are no bytes, or they are not a flat uint8 array.
+        DataError: the array is empty, or not one-dimensional uint8.
     """
 
     name: str
@@ -31,12 +33,14 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if self.bytes.dtype != np.uint8 or self.bytes.ndim != 1:
-            raise DataError(f"a corpus is a flat uint8 array, got {self.bytes.dtype} of shape {self.bytes.shape}")
+            raise DataError(
+                f"expected a one-dimensional uint8 array, got {self.bytes.dtype} of shape {self.bytes.shape}"
+            )
         if not self.bytes.size:
-            raise DataError(f"{self.name} is empty: give a file with some bytes to learn from")
+            raise DataError(f"{self.name} is empty: give a file that contains some bytes")
         view = self.bytes.view()
         view.flags.writeable = False
-        object.__setattr__(self, "bytes", view)  # the way to set a field of a frozen dataclass
+        object.__setattr__(self, "bytes", view)  # the dataclass is frozen
 
     @property
     def train(self) -> np.ndarray:
@@ -51,7 +55,7 @@ class Corpus:
         return self.split("test")
 
     def split(self, name: str) -> np.ndarray:
-        """The bytes of one split, as a read-only view.
+        """Return the bytes of one split as a read-only view, `(n,)` uint8.
 
         Raises:
             DataError: `name` is not "train", "val" or "test".
@@ -60,35 +64,35 @@ class Corpus:
         return self.bytes[start:stop]
 
     def bounds(self, split: str) -> tuple[int, int]:
-        """Where a split starts and stops in the corpus, in bytes.
+        """Return the start and stop offset of a split, in bytes.
 
         Raises:
             DataError: `split` is not "train", "val" or "test".
         """
-        if split not in CUTS:
-            raise DataError(f"a split is one of {', '.join(CUTS)}, got {split!r}")
-        start, stop = (self.bytes.size * per_cent // 100 for per_cent in CUTS[split])
+        if split not in SPLITS:
+            raise DataError(f"expected one of the splits {', '.join(SPLITS)}, got {split!r}")
+        start, stop = (self.bytes.size * per_cent // 100 for per_cent in SPLITS[split])
         return start, stop
 
     def require(self, *splits: str, sequence_bytes: int) -> None:
-        """Refuse a corpus whose named splits do not hold a single crop.
+        """Check that each of the given splits contains at least one sequence.
 
         Args:
             splits: names of splits.
-            sequence_bytes: the bytes of a crop, `seq_len + 1`.
+            sequence_bytes: length of a sequence in bytes, `seq_len + 1`.
 
         Raises:
-            DataError: a split is shorter than that.
+            DataError: a split is shorter than `sequence_bytes`.
         """
         for split in splits:
             start, stop = self.bounds(split)
             if stop - start < sequence_bytes:
                 raise DataError(
-                    f"the {split} split of {self.name} has {stop - start} bytes, but a crop needs "
+                    f"the {split} split of {self.name} has {stop - start} bytes, but a sequence needs "
                     f"train.seq_len + 1 = {sequence_bytes}: use a larger file or a smaller train.seq_len"
                 )
 
     @cached_property
     def fingerprint(self) -> str:
-        """The first 16 hexadecimal digits of the sha256 of the bytes: equal for equal corpora."""
-        return hashlib.sha256(self.bytes).hexdigest()[:16]
+        """The first 16 hexadecimal digits of the SHA-256 of the bytes; identifies the content."""
+        return hashlib.sha256(self.bytes.data).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Find enwik8 in a folder, or download it there: verified before use, whatever way it came.
+"""Find enwik8 in a folder or download it there. The content is always verified before use.
 
-enwik8 is the first 100,000,000 bytes of the English Wikipedia dump of 3 March 2006, the customary benchmark for
+enwik8 is the first 100,000,000 bytes of the English Wikipedia dump of 3 March 2006, the standard benchmark for
 byte-level language models (http://mattmahoney.net/dc/textdata.html).
 """
 
@@ -24,10 +24,10 @@ from data.errors import DataError, DownloadError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # no locks: two first starts at once may both download
+    fcntl = None  # type: ignore[assignment]  # without locks, two processes started at once may both download
 
-# Archives of the same content, not the same archive: only what they unpack to is compared. Set the environment
-# variable ENWIK8_MIRRORS to other addresses, separated by blanks, to go elsewhere.
+# The archives differ; only their decompressed content is compared. The environment variable ENWIK8_MIRRORS replaces
+# this list by other addresses, separated by spaces.
 MIRRORS = (
     "http://mattmahoney.net/dc/enwik8.zip",
     "https://data.deepai.org/enwik8.zip",
@@ -40,16 +40,16 @@ log = logging.getLogger("data")
 
 @dataclass(frozen=True)
 class Expected:
-    """What the unpacked file must be: its name, its size in bytes and its sha256 in hexadecimal."""
+    """Name, size in bytes and hexadecimal SHA-256 of the decompressed file."""
 
     name: str
     size: int
     sha256: str
 
     def check(self, size: int, sha256: str) -> None:
-        """Raise DataError, saying the difference, unless size and sha256 are the expected ones."""
+        """Raise DataError with both values unless size and SHA-256 are as expected."""
         if size != self.size:
-            raise DataError(f"it holds {size:,} bytes instead of {self.size:,}")
+            raise DataError(f"it has {size:,} bytes instead of {self.size:,}")
         if sha256 != self.sha256:
             raise DataError(f"its sha256 is {sha256} instead of {self.sha256}")
 
@@ -61,28 +61,29 @@ def find_or_download(
     folder: Path,
     expected: Expected = ENWIK8,
     mirrors: Sequence[str] | None = None,
-    patience: RetryPolicy | None = None,
+    policy: RetryPolicy | None = None,
 ) -> np.ndarray:
-    """The bytes of enwik8.
+    """Return the bytes of enwik8, downloading it if necessary.
 
-    Looked for in `folder` as `enwik8`, `enwik8.zip`, `.gz`, `.xz` or `.bz2`, whatever these really contain. An
-    archive is unpacked once, to `enwik8` beside it, or into memory where the folder cannot be written. A file that is
-    found is a person's own: wrong ones are reported and never touched. Only where there is none is one downloaded.
+    `folder` is searched for `enwik8`, `enwik8.zip`, `.gz`, `.xz` and `.bz2`; the compression is detected from the
+    content. An archive is decompressed once, to `enwik8` in the same folder, or into memory if the folder is not
+    writable. Existing files are never changed: if one has the wrong content, that is reported. A download only starts
+    if there is no file at all.
 
-    Processes that start at once in the same folder wait for each other, so that one of them downloads.
+    Processes that start at the same time wait for each other, so that only one of them downloads.
 
     Args:
-        folder: where the file lies or will lie; made if need be.
-        expected: what it must be.
-        mirrors: addresses to download from, in order; ENWIK8_MIRRORS or MIRRORS by default.
-        patience: time limits of the download.
+        folder: where the file is or will be; created if necessary.
+        expected: size and checksum to verify.
+        mirrors: addresses to try, in order; ENWIK8_MIRRORS or MIRRORS by default.
+        policy: time limits and retries of the download.
 
     Returns:
         (size,) uint8.
 
     Raises:
-        DownloadError: there is no file and none could be downloaded.
-        DataError: there is a file and it is not enwik8.
+        DownloadError: there is no file, and downloading it failed.
+        DataError: there is a file, but it is not enwik8.
     """
     mirrors = mirrors or os.environ.get("ENWIK8_MIRRORS", "").split() or MIRRORS
     raw = folder / expected.name
@@ -90,11 +91,11 @@ def find_or_download(
         found = next(filter(os.path.exists, _candidates(raw)), None)
         if found is None:
             if not writable:
-                raise DownloadError(_ways_out(raw, ["the folder cannot be written"]))
-            _download(raw, expected, mirrors, patience or RetryPolicy())
+                raise DownloadError(_alternatives(raw, ["the folder is not writable"]))
+            _download(raw, expected, mirrors, policy or RetryPolicy())
             found = raw
         elif found != raw and writable:
-            found = _unpack_beside(found, raw, expected)
+            found = _decompress_in_folder(found, raw, expected)
     return _verified(found, expected)
 
 
@@ -104,56 +105,56 @@ def _candidates(raw: Path) -> list[Path]:
 
 @contextmanager
 def _exclusive(folder: Path, name: str) -> Iterator[bool]:
-    """Let one process at a time into the folder; yields whether it can be written. A killed process frees it, too."""
+    """Lock the folder; yields whether it is writable. The lock is also released if the process is killed."""
     with ExitStack() as stack:
-        lock = None
+        lock: IO[str] | None = None
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(folder / f".{name}.lock", "a"))
         if lock and fcntl:
-            _wait_for(lock)
+            _acquire(lock)
         yield lock is not None
 
 
-def _wait_for(lock: IO[str]) -> None:
+def _acquire(lock: IO[str]) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("waiting for another process that holds %s", lock.name)
+        log.info("waiting for another process to release %s", lock.name)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:  # some network file systems have no locks, either
+    except OSError as error:  # some network file systems do not support locks
         log.info("%s cannot be locked: %s", lock.name, error.strerror)
 
 
 def _verified(path: Path, expected: Expected) -> np.ndarray:
     try:
         content = compression.read(path)
-        expected.check(content.size, hashlib.sha256(content).hexdigest())
+        expected.check(content.size, hashlib.sha256(content.data).hexdigest())
     except DataError as error:
-        raise _wrong(path, expected, error) from error
+        raise _mismatch(path, expected, error) from error
     return content
 
 
-def _unpack_beside(archive: Path, raw: Path, expected: Expected) -> Path:
-    """Unpack a person's archive to `raw`, so that later starts are fast; returns the file to read from now on."""
+def _decompress_in_folder(archive: Path, raw: Path, expected: Expected) -> Path:
+    """Decompress an archive to `raw`, so that later starts are fast; returns the file to read."""
     try:
         if compression.kind(archive) is None:
             return archive
-        _unpack(archive, raw, expected)
+        _decompress(archive, raw, expected)
     except OSError as error:
-        log.info("%s is unpacked into memory, as %s cannot be written: %s", archive, raw, error.strerror)
+        log.info("decompressing %s into memory, as %s cannot be written: %s", archive, raw, error.strerror)
         return archive
     except DataError as error:
-        raise _wrong(archive, expected, error) from error
+        raise _mismatch(archive, expected, error) from error
     return raw
 
 
-def _unpack(archive: Path, raw: Path, expected: Expected) -> None:
-    """Unpack to a partial name and move that to `raw` if it is right.
+def _decompress(archive: Path, raw: Path, expected: Expected) -> None:
+    """Decompress to a temporary file, verify it, and rename it to `raw`.
 
     Raises:
         OSError: the file cannot be written.
-        DataError: the archive is damaged, or holds something else.
+        DataError: the archive is corrupt, or has other content.
     """
     partial = raw.with_name(f"{raw.name}.unpacking.part")
     size, sha256 = 0, hashlib.sha256()
@@ -162,7 +163,7 @@ def _unpack(archive: Path, raw: Path, expected: Expected) -> None:
             for chunk in compression.chunks(archive):
                 size += len(chunk)
                 if size > expected.size:
-                    raise DataError(f"it holds more than {expected.size:,} bytes")
+                    raise DataError(f"it has more than {expected.size:,} bytes")
                 sha256.update(chunk)
                 file.write(chunk)
         expected.check(size, sha256.hexdigest())
@@ -171,39 +172,39 @@ def _unpack(archive: Path, raw: Path, expected: Expected) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _download(raw: Path, expected: Expected, mirrors: Sequence[str], patience: RetryPolicy) -> None:
-    """Leave verified bytes at `raw`, or else nothing but partial downloads that a later start continues."""
+def _download(raw: Path, expected: Expected, mirrors: Sequence[str], policy: RetryPolicy) -> None:
+    """Download and verify `raw`. On failure only partial downloads are left, which a later start resumes."""
     failures = []
     for url in mirrors:
-        # Named after its mirror, so that the bytes of two different archives never end up in one file.
+        # One file per mirror, so that the bytes of two different archives are never mixed.
         archive = raw.with_name(f"{raw.name}.zip.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
         try:
-            fetch(url, archive, patience)
-            _unpack(archive, raw, expected)
+            fetch(url, archive, policy)
+            _decompress(archive, raw, expected)
         except DataError as error:
             host = url.split("://")[-1].split("/")[0]
             failures.append(f"{host}: {error}")
             log.warning("download of %s failed: %s", url, error)
-            if not isinstance(error, DownloadError):  # complete and wrong: nothing to continue from
+            if not isinstance(error, DownloadError):  # complete, but wrong: cannot be resumed
                 archive.unlink()
         except OSError as error:
-            raise DownloadError(_ways_out(raw, [f"{raw} cannot be written: {error.strerror}"])) from error
+            raise DownloadError(_alternatives(raw, [f"{raw} cannot be written: {error.strerror}"])) from error
         else:
             for leftover in raw.parent.glob(f"{raw.name}.zip.*.part"):
                 leftover.unlink()
             return
-    raise DownloadError(_ways_out(raw, failures))
+    raise DownloadError(_alternatives(raw, failures))
 
 
-def _ways_out(raw: Path, failures: Sequence[str]) -> str:
+def _alternatives(raw: Path, failures: Sequence[str]) -> str:
     return (
         f"{raw.name} is not in {raw.parent} and cannot be downloaded ({'; '.join(failures)}): put {raw.name} or "
         f"{raw.name}.zip there, or use data=stdlib, or data=file data.path=FILE"
     )
 
 
-def _wrong(path: Path, expected: Expected, error: DataError) -> DataError:
+def _mismatch(path: Path, expected: Expected, error: DataError) -> DataError:
     return DataError(
-        f"{path} is not {expected.name}: {error}; delete it to have {expected.name} downloaded, "
+        f"{path} is not {expected.name}: {error}; delete it to download {expected.name}, "
         f"or use data=file data.path={path} to train on it as it is"
     )

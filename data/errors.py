@@ -1,13 +1,13 @@
-"""What goes wrong with data that a person can put right."""
+"""Errors about data that the user can fix."""
 
 
 class DataError(ValueError):
-    """A file that is missing, unreadable, empty, damaged or too short; one line that says what to do."""
+    """A file that is missing, unreadable, empty, corrupt or too short. The message is one line that says what to do."""
 
-    exit_status = 2  # of a command that ends with it: a mistake of usage
+    exit_status = 2  # exit status of a command that fails with this error: usage error
 
 
 class DownloadError(DataError):
-    """The bytes are not here and cannot be fetched: the one failure that `fallback` may answer."""
+    """The data is not present and cannot be downloaded. This is the only error for which `data.fallback` is used."""
 
-    exit_status = 1  # nobody mistyped anything
+    exit_status = 1  # failure, as the usage was correct

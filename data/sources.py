@@ -1,4 +1,4 @@
-"""From a config to a corpus."""
+"""Load the corpus that a config describes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ log = logging.getLogger("data")
 
 
 def load(config: Any) -> Corpus:
-    """The corpus that a config asks for.
+    """Load the corpus that a config describes.
 
     Args:
-        config: any object with these attributes, of which only `source` must be there:
+        config: any object with these attributes, of which only `source` is required:
             source: "enwik8", "stdlib" or "file".
-            path: of the file, for "file": raw, .gz, .xz, .bz2 or .zip, told by content.
-            dir: the folder where enwik8 is looked for or downloaded to; the folder of this package by default.
-            fallback: "stdlib" to use that where enwik8 is absent and cannot be downloaded; None for an error.
-            max_bytes: use only the first that many bytes; None for all.
+            path: the file, for source "file": raw, .gz, .xz, .bz2 or .zip, detected from the content.
+            dir: the folder that contains enwik8, or to download it to; by default the folder of this package.
+            fallback: "stdlib" to use that if enwik8 is absent and cannot be downloaded; None to raise an error.
+            max_bytes: use only the first `max_bytes` bytes; None for all.
 
     Returns:
-        the corpus, split 90/5/5.
+        The :class:`Corpus`, split 90/5/5.
 
     Raises:
-        DataError: a setting is wrong, or the bytes are not there, in one line that says what to do.
+        DataError: a setting is invalid, or the data is not available. The message says what to do.
     """
     source, limit = config.source, getattr(config, "max_bytes", None)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise DataError(f"data.max_bytes is null or a number of bytes from 1 on, got {limit!r}")
+        raise DataError(f"data.max_bytes: expected null or a number of bytes, at least 1, got {limit!r}")
     if source == "enwik8":
         name, content = _enwik8(config)
     elif source == "stdlib":
@@ -44,7 +44,7 @@ def load(config: Any) -> Corpus:
     elif source == "file":
         name, content = _file(config, limit)
     else:
-        raise DataError(f"data.source is enwik8, stdlib or file, got {source!r}")
+        raise DataError(f"data.source: expected enwik8, stdlib or file, got {source!r}")
     corpus = Corpus(name, content[:limit])
     log.info("%s: %s bytes, fingerprint %s", corpus.name, f"{corpus.bytes.size:,}", corpus.fingerprint)
     return corpus
@@ -53,7 +53,7 @@ def load(config: Any) -> Corpus:
 def _enwik8(config: Any) -> tuple[str, np.ndarray]:
     fallback = getattr(config, "fallback", None)
     if fallback not in (None, "stdlib"):
-        raise DataError(f"data.fallback is null or stdlib, got {fallback!r}")
+        raise DataError(f"data.fallback: expected null or stdlib, got {fallback!r}")
     folder = Path(getattr(config, "dir", None) or Path(__file__).parent).expanduser().absolute()
     try:
         return "enwik8", find_or_download(folder)
@@ -61,8 +61,8 @@ def _enwik8(config: Any) -> tuple[str, np.ndarray]:
         if fallback is None:
             raise
         log.warning(
-            "NOT ENWIK8: this run uses Python's standard library instead, as data.fallback=stdlib allows; its bits "
-            "per byte do not compare with those of enwik8. Reason: %s",
+            "NOT ENWIK8: this run uses the source code of Python's standard library instead, because of "
+            "data.fallback=stdlib; its bits per byte cannot be compared with those of enwik8. Reason: %s",
             error,
         )
         return "stdlib", source_text()

@@ -1,21 +1,24 @@
-"""How fast text is generated: this project with and without kernels.cpp, PyTorch's ``local-attention``, the floor.
+"""Time per generated token: this project with and without kernels.cpp, PyTorch's ``local-attention``, a lower bound.
 
     python scripts/benchmark_generate.py                    # batch 1, the base model with random weights
     python scripts/benchmark_generate.py --batch 8
     python scripts/benchmark_generate.py --tokens 10000 --rounds 1
 
-Each has a process of its own, as the threads of two frameworks in one process get into each other's way; their rounds
-alternate. The figures are medians over groups of 16 tokens of the time that a token takes, sampling
-included. The floor is the time that the bytes of the weights take at the bandwidth that a large matrix-vector product
-reaches: each token needs every weight once. PyTorch is measured where the parity extra is installed:
-``pip install -e '.[parity]'``.
+Each implementation runs in its own process, and their rounds alternate. The results are medians over groups of 16
+tokens, including sampling. The floor is the time to read all weights once, as each token needs, at the bandwidth of a
+large matrix-vector product. PyTorch is measured if the parity extra is installed: ``pip install -e '.[parity]'``.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmarking import Worker, elapsed, work
 
-PROMPT = 300  # more than a window
-GROUP = 16  # tokens timed together: this project draws as many in one call of its graph
+PROMPT = 300  # bytes; longer than a window
+GROUP = 16  # tokens that are timed together, as this project generates 16 per call of its graph
 NAMES = {
     "floor": "floor: reading the weights",
     "ours": "this project",
@@ -33,8 +36,8 @@ NAMES = {
 }
 
 
-def model_options(arguments):
-    """Keyword arguments of both ``LocalTransformer``: those of ``configs/model/base.yaml`` unless others are given."""
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of both ``LocalTransformer`` classes; by default those of ``configs/model/base.yaml``."""
     return dict(
         num_tokens=256,
         max_seq_len=PROMPT + arguments.tokens + 2 * GROUP,
@@ -46,29 +49,29 @@ def model_options(arguments):
     )
 
 
-def weight_bytes(arguments):
-    """What a token reads: all weights but the embeddings, of which it needs a row."""
+def weight_bytes(arguments: argparse.Namespace) -> int:
+    """The bytes that a token reads: all weights except the embeddings, of which it needs one row."""
     inner = arguments.heads * arguments.dim_head
     attention, feed_forward = 4 * inner, 3 * int(arguments.dim * 4 * 2 / 3)
     return 4 * arguments.dim * (arguments.depth * (attention + feed_forward) + 256)
 
 
-def prompt():
+def prompt() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, PROMPT)
 
 
-def token_times(token, count):
-    """Seconds a token of ``count`` calls of ``token``, one figure for each group of them."""
+def token_times(token: Callable[[], object], count: int) -> list[float]:
+    """Call ``token`` ``count`` times; returns the seconds per call for each group of calls."""
 
-    def group():
+    def group() -> None:
         for _ in range(GROUP):
             token()
 
     return [elapsed(group) / GROUP for _ in range(count // GROUP)]
 
 
-def ours(arguments, use_kernels=None):
-    """Rounds of this project."""
+def ours(arguments: argparse.Namespace, use_kernels: bool | None = None) -> Iterator[list[float]]:
+    """Time rounds of this project."""
     import mindspore as ms
 
     from local_attention import LocalTransformer
@@ -76,21 +79,21 @@ def ours(arguments, use_kernels=None):
 
     ms.set_context(mode=ms.GRAPH_MODE)
     model = LocalTransformer(**model_options(arguments)).set_train(False)
-    decoder = DecodingSession(model, arguments.batch, use_kernels=use_kernels)
+    session = DecodingSession(model, arguments.batch, use_kernels=use_kernels)
     while True:
-        drawn = generate_tokens(decoder, prompt(), None)
-        for _ in range(2 * GROUP - 1):  # after the prompt and the first, smaller bursts
-            next(drawn)
-        yield token_times(lambda drawn=drawn: next(drawn), arguments.tokens)
+        tokens = generate_tokens(session, prompt(), None)
+        for _ in range(2 * GROUP - 1):  # prefill, and the first, smaller calls
+            next(tokens)
+        yield token_times(partial(next, tokens), arguments.tokens)
 
 
-def operators(arguments):
-    """Rounds of this project where no compiler was found, or on other devices."""
+def operators(arguments: argparse.Namespace) -> Iterator[list[float]]:
+    """Time rounds of this project without kernels.cpp, as without a compiler or on other devices."""
     return ours(arguments, use_kernels=False)
 
 
-def original(arguments):
-    """Rounds of the PyTorch package, which computes as its ``generate`` does."""
+def original(arguments: argparse.Namespace) -> Iterator[list[float]]:
+    """Time rounds of the PyTorch package, with the same steps as in its ``generate``."""
     import torch
 
     from scripts.pytorch_original import import_original
@@ -101,17 +104,17 @@ def original(arguments):
         while True:
             text, cache = begin, None
 
-            def step():
+            def step() -> None:
                 nonlocal text, cache
                 logits, cache = model(text, cache=cache, return_cache=True)
                 text = torch.cat((text, torch.multinomial(logits[:, -1].softmax(-1), 1)), 1)
 
-            step()  # the prompt
+            step()  # prefill
             yield token_times(step, arguments.tokens)
 
 
-def floor(arguments):
-    """Rounds of a matrix-vector product over as many bytes as the weights have."""
+def floor(arguments: argparse.Namespace) -> Iterator[list[float]]:
+    """Time rounds of a matrix-vector product with as many bytes as the weights."""
     rng = np.random.default_rng(0)
     matrix = rng.standard_normal((weight_bytes(arguments) // 4096, 1024), np.float32)
     vector = rng.standard_normal(1024, np.float32)
@@ -119,46 +122,49 @@ def floor(arguments):
         yield token_times(lambda: matrix @ vector, min(arguments.tokens, 512))
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
-        ("batch", 1, "texts side by side"),
-        ("tokens", 128, "tokens a round"),
-        ("rounds", 7, "rounds of each, after one that does not count"),
+        ("batch", 1, "sequences per batch"),
+        ("tokens", 128, "tokens per round"),
+        ("rounds", 7, "rounds of each implementation, after one warm-up round"),
         ("dim", 512, "channels"),
         ("depth", 6, "layers"),
         ("heads", 8, "heads"),
-        ("dim-head", 64, "channels of a head"),
+        ("dim-head", 64, "channels per head"),
         ("window", 256, "window size"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        workers = {"floor": floor, "ours": ours, "operators": operators, "original": original}
-        return work(workers[arguments.worker](arguments))
+        implementations = {"floor": floor, "ours": ours, "operators": operators, "original": original}
+        work(implementations[arguments.worker](arguments))
+        return 0
 
-    there = {"operators": find_spec("local_attention._kernels"), "original": find_spec("torch")}
-    names = [name for name in NAMES if there.get(name, True)]
+    available = {"operators": find_spec("local_attention._kernels"), "original": find_spec("torch")}
+    names = [name for name in NAMES if available.get(name, True)]
     workers = {name: Worker(name) for name in names}
-    begin = {name: worker.round() for name, worker in workers.items()}
-    rounds = {name: [] for name in names}
+    warm_up = {name: worker.round() for name, worker in workers.items()}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name, worker in workers.items():
             rounds[name].append(worker.round())
 
-    seconds = {name: np.array([r["result"] for r in found]) for name, found in rounds.items()}
-    least = np.median(seconds["floor"])
-    figures = {"batch": arguments.batch, "weight_bytes": weight_bytes(arguments)}
-    print(f"{'':28}ms a token (10% … 90%)   bytes/s   times the floor")
+    seconds = {name: np.array([r["result"] for r in results]) for name, results in rounds.items()}
+    lower_bound = np.median(seconds["floor"])
+    figures: dict[str, Any] = {"batch": arguments.batch, "weight_bytes": weight_bytes(arguments)}
+    print(f"{'':28}ms per token (10% … 90%)   bytes/s   times the floor")
     for name, times in seconds.items():
-        low, middle, high = np.percentile(times, [10, 50, 90]) * 1e3
-        rate = arguments.batch * 1e3 / middle
-        figures[name] = dict(ms=middle, low_ms=low, high_ms=high, bytes_per_s=rate, times_floor=middle / least / 1e3)
-        print(f"{NAMES[name]:28}{middle:6.2f} ({low:.2f} … {high:.2f}){rate:12,.0f}{middle / least / 1e3:12.2f}")
-    grown = rounds["ours"][-1]["memory"] - begin["ours"]["memory"]
-    print(f"bandwidth of the floor {weight_bytes(arguments) / least / 1e9:.1f} GB/s; ", end="")
+        low, median, high = np.percentile(times, [10, 50, 90]) * 1e3
+        rate = arguments.batch * 1e3 / median
+        figures[name] = dict(
+            ms=median, low_ms=low, high_ms=high, bytes_per_s=rate, times_floor=median / lower_bound / 1e3
+        )
+        print(f"{NAMES[name]:28}{median:6.2f} ({low:.2f} … {high:.2f}){rate:12,.0f}{median / lower_bound / 1e3:12.2f}")
+    grown = rounds["ours"][-1]["memory"] - warm_up["ours"]["memory"]
+    print(f"bandwidth of the floor {weight_bytes(arguments) / lower_bound / 1e9:.1f} GB/s; ", end="")
     print(f"this project's memory grew by {grown / 1e6:.0f} MB after the first round")
     if arguments.tokens >= 2000:
         groups = 1000 // GROUP

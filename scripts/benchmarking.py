@@ -1,46 +1,48 @@
-"""What the benchmarks share: each thing measured has a process of its own, and their rounds alternate."""
+"""Shared by the benchmarks: each implementation is measured in its own process, and their rounds alternate."""
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from local_attention.training.device import peak_memory_bytes
 
 
-def elapsed(function):
-    """Seconds that a call takes."""
+def elapsed(function: Callable[[], object]) -> float:
+    """Return the duration of a call in seconds."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 class Worker:
-    """A process that runs the script once more, as one of the things that it measures.
+    """A process that runs the same script with ``--worker NAME`` to measure one implementation.
 
-    In one process the threads of two frameworks would get into each other's way.
+    Within one process, the threads of two frameworks would compete for the cores.
     """
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         command = [sys.executable, sys.argv[0], "--worker", name, *sys.argv[1:]]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def round(self):
-        """``{"result": what the next round gave, "memory": peak bytes of the process}``."""
+    def round(self) -> dict[str, Any]:
+        """Run the next round; returns its ``result`` and the peak ``memory`` of the process in bytes."""
+        assert self.process.stdin and self.process.stdout  # pipes
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit("error: a measured process ended, see above")
+            sys.exit("error: a measured process has failed, see above")
         return json.loads(line)
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+    def close(self) -> None:
+        self.process.communicate()
 
 
-def work(rounds):
-    """The worker's side: take a result of the iterator ``rounds`` for each line that comes."""
+def work(rounds: Iterator[Any]) -> None:
+    """Run in a worker process: print the result of one round for each line on standard input."""
     for _ in sys.stdin:
         result = next(rounds)
         print(json.dumps({"result": result, "memory": peak_memory_bytes()}), flush=True)

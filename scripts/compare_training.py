@@ -1,15 +1,18 @@
-"""Train this project's model and PyTorch's ``local-attention`` from the same weights on the same crops, and compare.
+"""Train this project's model and that of PyTorch's ``local-attention`` on the same data from the same weights.
 
 Needs the parity extra: ``pip install -e '.[parity]'``. Example:
 
     python scripts/compare_training.py data=file data.path=FILE model=small train.max_steps=20
 
-Takes the overrides of ``train.py``, with Adam and a constant learning rate; prints the bits per byte of each step, and
-exits with status 1 where they differ by more than 1e-3.
+Takes the overrides of ``train.py``, with Adam and a constant learning rate. Prints the bits per byte of each step, and
+exits with status 1 if they differ by more than 1e-3.
 """
+
+from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mindspore as ms
@@ -20,11 +23,12 @@ from hydra import compose, initialize_config_dir
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+from local_attention import LocalTransformer
 from local_attention.torch_state import torch_state
 from local_attention.training.batches import BatchIterator
 from local_attention.training.build import build_model
-from local_attention.training.command import fail
-from local_attention.training.config import run_config
+from local_attention.training.command import print_error
+from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.device import use_device
 from local_attention.training.errors import UsageError
 from local_attention.training.optimizer import build_optimizer
@@ -34,18 +38,20 @@ from scripts.pytorch_original import import_original, original_arguments
 TOLERANCE = 1e-3
 
 
-def original_model(model, config):
-    """The original's ``LocalTransformer`` with the weights of ``model``."""
+def original_model(model: LocalTransformer, config: ModelConfig) -> torch.nn.Module:
+    """Build the original's ``LocalTransformer`` with the weights of ``model``."""
     theirs = import_original().LocalTransformer(**original_arguments(config))
     theirs.load_state_dict({name: torch.from_numpy(array) for name, array in torch_state(model).items()})
-    theirs.pos_emb.requires_grad_(config.use_abs_pos_emb)  # else zeros, and not to be learned
+    theirs.pos_emb.requires_grad_(config.use_abs_pos_emb)  # without them, zeros that are not trained
     return theirs
 
 
-def original_steps(model, optimizer, batches, clip_norm):
-    """The loss in nats of each step over ``(grad_accum_every, b, n + 1)`` batches, as the original's example trains."""
-    for crops in batches:
-        losses = [model(torch.from_numpy(micro).long(), return_loss=True) for micro in crops]
+def original_steps(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[np.ndarray], clip_norm: float
+) -> Iterator[float]:
+    """Train like the example of the original on batches ``(grad_accum_every, b, n + 1)``; yields losses in nats."""
+    for batch in batches:
+        losses = [model(torch.from_numpy(micro).long(), return_loss=True) for micro in batch]
         sum(losses).div(len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
@@ -53,16 +59,16 @@ def original_steps(model, optimizer, batches, clip_norm):
         yield sum(loss.item() for loss in losses) / len(losses)
 
 
-def main():
+def main() -> int:
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
         fixed = ["optimizer=adam", "schedule=constant", "train.max_steps=20", "train.grad_accum_every=1"]
         config = run_config(compose("train", [*fixed, *sys.argv[1:]]))
     if config.model.attn_dropout or config.model.ff_dropout:
-        raise UsageError("expected no dropout: each side would draw other numbers")
+        raise UsageError("expected no dropout, as the random numbers would differ")
     train = config.train
     corpus = data.load(config.data)
-    crops = BatchIterator(data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
-    batches = [crops.of_step(step) for step in range(train.max_steps)]
+    iterator = BatchIterator(data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
+    batches = [iterator.batch(step) for step in range(train.max_steps or 0)]
 
     use_device(config.device.target)
     ms.set_seed(config.seed)
@@ -89,4 +95,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UsageError as error:
-        sys.exit(fail(error, error.exit_status))
+        sys.exit(print_error(error, error.exit_status))

@@ -1,14 +1,17 @@
-"""Draw which keys a query of ``LocalAttention`` sees, for the main combinations of its options.
+"""Draw which keys each query of ``LocalAttention`` attends to, for the main combinations of its options.
 
     python scripts/draw_visibility.py -o docs/visibility.png
 
-Each panel calls ``LocalAttention`` and shows which values reach which output; no second definition is drawn.
+Each panel is computed by calling ``LocalAttention``, so the picture shows what the code does.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import mindspore as ms
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
 from local_attention import LocalAttention
@@ -27,12 +31,12 @@ WINDOW = 4
 
 @dataclass(frozen=True)
 class Panel:
-    """``LocalAttention(WINDOW, **options)`` on ``length`` tokens, of which a mask hides some."""
+    """``LocalAttention(WINDOW, **options)`` on ``length`` tokens, of which ``hidden`` are masked."""
 
     title: str
-    options: dict
+    options: dict[str, Any]
     length: int = 4 * WINDOW
-    hidden: tuple = ()
+    hidden: tuple[int, ...] = ()
 
 
 PANELS = [
@@ -47,59 +51,76 @@ PANELS = [
     Panel("14 tokens, padded to 16", dict(causal=False, autopad=True), length=14),
 ]
 
-# What a cell of the picture can be: how it is filled, and what the legend says.
-OWN = dict(facecolor="#1f5a96"), "seen, in the query's own window"
-BEFORE = dict(facecolor="#8ebbe3"), "seen, in a window before"
-AFTER = dict(facecolor="#f2b36b"), "seen, in a window after"
-LAST_RESORT = dict(facecolor="white", edgecolor="#1f5a96", hatch="...."), "itself: seen only if nothing else is"
-MASK_VALUE = dict(facecolor="#fbe9e7", edgecolor="#d98880", hatch="////"), "hidden by the mask"
-PADDING = dict(facecolor="#cfcfcf"), "padding, never seen"
-NOT_SEEN = dict(facecolor="#f4f4f4"), "not seen"
-LEGEND = [OWN, BEFORE, AFTER, LAST_RESORT, MASK_VALUE, PADDING, NOT_SEEN]
+
+class Kind(NamedTuple):
+    """What a cell of the picture can show: how it is filled, and its label in the legend."""
+
+    fill: dict[str, Any]
+    label: str
 
 
-def look(panel):
-    """``(weights, alone)``, both ``(length, length)``, query by key: the weight that a query gives a key if all keys
-    have equal scores, and 1 where it sees the key if the mask hides all others."""
+OWN = Kind(dict(facecolor="#1f5a96"), "seen, in the query's own window")
+BEFORE = Kind(dict(facecolor="#8ebbe3"), "seen, in a window before")
+AFTER = Kind(dict(facecolor="#f2b36b"), "seen, in a window after")
+LAST_RESORT = Kind(dict(facecolor="white", edgecolor="#1f5a96", hatch="...."), "itself: seen only if nothing else is")
+MASKED = Kind(dict(facecolor="#fbe9e7", edgecolor="#d98880", hatch="////"), "hidden by the mask")
+PADDING = Kind(dict(facecolor="#cfcfcf"), "padding, never seen")
+NOT_SEEN = Kind(dict(facecolor="#f4f4f4"), "not seen")
+LEGEND = [OWN, BEFORE, AFTER, LAST_RESORT, MASKED, PADDING, NOT_SEEN]
+
+
+class Visibility(NamedTuple):
+    """Arrays ``(length, length)``, query by key.
+
+    ``weights`` are the attention weights if all scores are equal; ``alone`` is 1 if the query attends to the key when
+    all others are masked.
+    """
+
+    weights: np.ndarray
+    alone: np.ndarray
+
+
+def visibility(panel: Panel) -> Visibility:
+    """Compute attention weights that show which keys each query attends to."""
     n = panel.length
     attention = LocalAttention(WINDOW, **panel.options)
     shown = ~np.isin(np.arange(n), panel.hidden)
-    equal = ms.Tensor(np.zeros((n, n, 2)), ms.float32)  # queries and keys; row j of the batch asks for key j
-    values = ms.Tensor(np.tile(np.eye(n), (n, 1, 1)), ms.float32)  # as values they show the weights
+    equal = ms.Tensor(np.zeros((n, n, 2)), ms.float32)  # queries and keys; in batch row j only key j is not masked
+    values = ms.Tensor(np.tile(np.eye(n), (n, 1, 1)), ms.float32)  # with these values the output is the weights
     weights = attention(equal[:1], equal[:1], values[:1], mask=ms.Tensor(shown[None]))
     alone = attention(equal, equal, values, mask=ms.Tensor(np.eye(n, dtype=bool) & shown))
-    return weights.asnumpy()[0], alone.asnumpy().sum(0)
+    return Visibility(weights.asnumpy()[0], alone.asnumpy().sum(0))
 
 
-def kinds(panel):
-    """What each cell is, ``{(query, key): kind}``, the padding's too."""
+def kinds(panel: Panel) -> dict[tuple[int, int], Kind]:
+    """Return the :class:`Kind` of each cell ``(query, key)``, including padding."""
     padded = panel.length + -panel.length % WINDOW
     found = {(i, j): PADDING for i, j in np.ndindex(padded, padded)}
-    weights, alone = look(panel)
+    weights, alone = visibility(panel)
     for i, j in np.ndindex(weights.shape):
         if weights[i, j] > 0:
             found[i, j] = OWN if i // WINDOW == j // WINDOW else BEFORE if j < i else AFTER
         elif alone[i, j] > 0:
             found[i, j] = LAST_RESORT
         else:
-            found[i, j] = MASK_VALUE if j in panel.hidden else NOT_SEEN
+            found[i, j] = MASKED if j in panel.hidden else NOT_SEEN
     return found
 
 
-def draw_panel(axes, panel):
+def draw_panel(axes: plt.Axes, panel: Panel) -> None:
     found = kinds(panel)
     size = max(found)[0] + 1
-    axes.set_facecolor(NOT_SEEN[0]["facecolor"])
+    axes.set_facecolor(NOT_SEEN.fill["facecolor"])
     for (i, j), kind in found.items():
         if kind is not NOT_SEEN:
-            axes.add_patch(Rectangle((j, i), 1, 1, linewidth=0, **kind[0]))
+            axes.add_patch(Rectangle((j, i), 1, 1, linewidth=0, **kind.fill))
     for step, colour in ((1, "white"), (WINDOW, "0.3")):
         lines = range(0, size + 1, step)
         axes.hlines(lines, 0, size, color=colour, linewidth=0.9)
         axes.vlines(lines, 0, size, color=colour, linewidth=0.9)
     for i in range(panel.length):
         if not any(found[i, j] in (OWN, BEFORE, AFTER) for j in range(size)):
-            box = dict(facecolor=NOT_SEEN[0]["facecolor"], linewidth=0, pad=0.5)
+            box = dict(facecolor=NOT_SEEN.fill["facecolor"], linewidth=0, pad=0.5)
             axes.text(WINDOW * 2 + 0.3, i + 0.5, "sees no key: output 0", va="center_baseline", fontsize=8, bbox=box)
     axes.set_title(panel.title, fontsize=10.5, loc="left", pad=21, weight="bold")
     arguments = ", ".join(f"{name}={value}" for name, value in panel.options.items())
@@ -112,10 +133,9 @@ def draw_panel(axes, panel):
     axes.spines[:].set_visible(False)
 
 
-def draw(output):
-    """Write the picture to ``output``; its ending says which format."""
-    figure, grid = plt.subplots(3, 3, figsize=(10, 12.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.16)
+def draw(output: str | Path) -> None:
+    """Write the picture to ``output``, in the format of its suffix."""
+    figure, grid = plt.subplots(3, 3, figsize=(10, 12.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.16))
     for axes, panel in zip(grid.flat, PANELS):
         draw_panel(axes, panel)
     figure.suptitle(
@@ -135,7 +155,7 @@ def draw(output):
     plt.close(figure)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", default="visibility.png", help="picture to write (default: visibility.png)")
     draw(parser.parse_args().output)

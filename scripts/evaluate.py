@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
@@ -10,8 +12,8 @@ from local_attention.training.config import EvaluateConfig, evaluate_config, fil
 
 
 @command("evaluate", EvaluateConfig)
-def main(composed):
-    config = evaluate_config(composed)  # what is wrong whatever the checkpoint ends here, before the slow imports
+def main(composed: DictConfig) -> None:
+    config = evaluate_config(composed)  # mistakes in the config end here, before the imports, which take seconds
 
     import logging
     from functools import partial
@@ -22,30 +24,31 @@ def main(composed):
     from local_attention.training.build import load_model
     from local_attention.training.device import use_device
     from local_attention.training.errors import UsageError
-    from local_attention.training.evaluate import Evaluator
+    from local_attention.training.evaluate import Evaluator, eval_span
     from local_attention.training.run_dir import checkpoint_of
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to standard error
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # standard error
     log = logging.getLogger("evaluate")
 
-    # The model, and the bytes that it was trained on unless others are named.
+    # Load the model and the data; by default the data that it was trained on.
     path = checkpoint_of(config.run, config.checkpoint)
     use_device(config.device.target)
     model, meta = load_model(path)
     config = fill_from_checkpoint(config, meta)
+    assert config.seq_len and config.batch_size  # filled
     corpus = data.load(config.data)
     if "data" in meta and meta["data"]["fingerprint"] != corpus.fingerprint:
         trained_on = f"{meta['data']['name']}, fingerprint {meta['data']['fingerprint']}"
         log.warning(f"warning: {path} was trained on {trained_on}; this is {corpus.name}, {corpus.fingerprint}")
 
-    # The score.
-    start, stop = corpus.bounds(config.split)
+    # Score the split.
+    data_bytes, start, stop = eval_span(corpus, config.split)
     if start == stop:
         raise UsageError(f"the {config.split} split of {corpus.name} is empty: use a larger file")
     log.info(f"scoring all {stop - start:,} bytes of {config.split} with {path}")
     evaluator = Evaluator(model, config.seq_len, config.batch_size)
-    bar = partial(tqdm, leave=False, disable=None)  # None: only on a terminal
-    score = evaluator(corpus.bytes, start, stop, config.stride, bar)
+    bar = partial(tqdm, leave=False, disable=None)  # None: on terminals only
+    score = evaluator(data_bytes, start, stop, config.stride, bar)
     how = f"checkpoint {path}, seq_len {config.seq_len}, stride {config.stride}"
     print(f"{config.split}: {score.bpb:.6f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
 

@@ -1,13 +1,17 @@
 """Write the weights of a run for PyTorch: ``python scripts/export_torch.py run=RUN_DIR output=FILE``; see README.md."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from local_attention.options import Help
+from pydantic import StrictStr
+from pydantic.dataclasses import dataclass
+
+from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
 from local_attention.training.errors import UsageError
@@ -16,19 +20,19 @@ from scripts.torch_files import require_ending, write_state
 
 
 @keys_for("export_torch")
-@dataclass
+@dataclass(config=CHECKED)
 class ExportConfig:
-    """Which weights go where."""
+    """Which weights to export, and the file to write."""
 
     run: Run = None
     checkpoint: Checkpoint = "best"
     output: Annotated[
-        str | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
+        StrictStr | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
     ] = None
 
 
-def export_config(config):
-    """Turn what Hydra composed into a checked :class:`ExportConfig`; raises :class:`UsageError`."""
+def export_config(config: DictConfig | dict[str, Any]) -> ExportConfig:
+    """Check a config that Hydra has composed; raises :class:`UsageError`."""
     export = parse(ExportConfig, config)
     require_run_or_file(export, "export")
     if not export.output:
@@ -40,8 +44,8 @@ def export_config(config):
 
 
 @command("export_torch", ExportConfig)
-def main(composed):
-    config = export_config(composed)  # every mistake but a wrong run ends here, before the imports that take seconds
+def main(composed: DictConfig) -> None:
+    config = export_config(composed)  # mistakes in the config end here, before the imports, which take seconds
 
     from local_attention.torch_state import torch_state
     from local_attention.training.build import load_model
@@ -51,6 +55,7 @@ def main(composed):
     path = checkpoint_of(config.run, config.checkpoint)
     model, meta = load_model(path)
     arguments = original_arguments(parse(ModelConfig, meta["config"]["model"]))
+    assert config.output  # checked above
     write_state(config.output, torch_state(model))
     print(f"{config.output}: {path}, step {meta['step']:,}; the model in PyTorch:")
     print(f"LocalTransformer({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")

@@ -1,56 +1,65 @@
-"""Make a run of PyTorch weights: ``python scripts/import_torch.py weights=FILE run_dir=RUN_DIR …``; see README.md."""
+"""Convert PyTorch weights into a run: ``python scripts/import_torch.py weights=FILE run_dir=RUN_DIR …``."""
 
 import json
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import numpy as np
+from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from local_attention.options import Help
+from pydantic import StrictStr
+from pydantic.dataclasses import dataclass
+
+from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import ModelConfig, RunConfig, check_model
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict, keys_for, parse
+from local_attention.training.keys import as_dict, keys_for, keys_of, parse
 from scripts.torch_files import read_state, require_ending
 
-# What the weights tell of their model, all but the size of its windows.
-TOLD_BY_WEIGHTS = (
+# What the weights determine of their model: all but the size of its windows.
+INFERRED = (
     *("num_tokens", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult", "num_residual_streams"),
     *("use_abs_pos_emb", "use_dynamic_pos_bias", "qk_rmsnorm", "gate_values_per_head"),
 )
 
 
-def unless_given(name, otherwise):
+KEYS = keys_of(ModelConfig)
+
+
+def unless_given(name: str, otherwise: str) -> tuple[str, Any, None]:
     """The field ``name`` of :class:`ModelConfig`, None by default."""
     declared = get_type_hints(ModelConfig, include_extras=True)[name]
-    return name, Annotated[declared | None, Help(none=otherwise)], None
+    return name, Annotated[declared | None, Help(f"{KEYS[name].help}; null: {otherwise}")], None
 
 
-ImportedModelConfig = make_dataclass(
-    "ImportedModelConfig",
-    [unless_given(name, "as the weights say") for name in TOLD_BY_WEIGHTS]
-    + [unless_given("local_attn_window_size", "must be given, as no weights tell it")],
-    bases=(ModelConfig,),
-    kw_only=True,
+UNKNOWN = [unless_given(name, "inferred from the weights") for name in INFERRED]
+UNKNOWN.append(unless_given("local_attn_window_size", "must be given, as weights do not contain it"))
+ImportedModelConfig: Any = dataclass(config=CHECKED, kw_only=True)(
+    make_dataclass("ImportedModelConfig", UNKNOWN, bases=(ModelConfig,), kw_only=True)
 )
 
 
 @keys_for("import_torch")
-@dataclass
+@dataclass(config=CHECKED)
 class ImportConfig:
-    """What becomes a run, and of which model the weights are."""
+    """The weights to import, the run directory to write, and what is known about the model."""
 
-    weights: Annotated[str | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")] = None
-    run_dir: Annotated[str | None, Help("where to write")] = None
+    weights: Annotated[
+        StrictStr | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")
+    ] = None
+    run_dir: Annotated[StrictStr | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
 
 
-def import_config(config):
-    """Turn what Hydra composed into a checked :class:`ImportConfig`; raises :class:`UsageError`."""
+def import_config(config: DictConfig | dict[str, Any]) -> ImportConfig:
+    """Check a config that Hydra has composed; raises :class:`UsageError`."""
     imported = parse(ImportConfig, config)
     if not imported.weights:
         raise UsageError("expected the weights to import, such as weights=model.pt")
@@ -58,30 +67,32 @@ def import_config(config):
     if not imported.run_dir:
         raise UsageError("expected the directory to write, such as run_dir=runs/imported")
     if imported.model.local_attn_window_size is None:
-        raise UsageError("expected model.local_attn_window_size=NUMBER, as no weights tell it (PyTorch's default: 512)")
+        raise UsageError(
+            "expected model.local_attn_window_size=NUMBER, as weights do not contain it (PyTorch's default: 512)"
+        )
     return imported
 
 
-def complete(config, state):
-    """The ``ModelConfig`` of an :class:`ImportConfig`: what it leaves open is as the state dict says.
+def complete(config: ImportConfig, state: dict[str, np.ndarray]) -> ModelConfig:
+    """Return the config of the model: given values, completed by those that the state dict determines.
 
     Raises:
-        UsageError: where the two contradict each other, or neither of them tells something.
+        UsageError: a given value contradicts the state dict, or a value is neither given nor determined.
     """
-    found = told_by(state, config)
-    for key, value in found.items():
+    inferred = infer_config(state, config)
+    for key, value in inferred.items():
         given = getattr(config.model, key)
         if given is not None and given != value:
             raise UsageError(f"model.{key}={json.dumps(given)}: expected {json.dumps(value)}, as in {config.weights}")
-    model = parse(RunConfig, {"model": as_dict(replace(config.model, **found))}).model
+    model = parse(RunConfig, {"model": as_dict(replace(config.model, **inferred))}).model
     check_model(model)
     return model
 
 
-def told_by(state, config):
-    """What a state dict tells of its model, as keys of a ``ModelConfig``."""
+def infer_config(state: dict[str, np.ndarray], config: ImportConfig) -> dict[str, Any]:
+    """Return the keys of a ``ModelConfig`` that a state dict determines."""
 
-    def shape(name, axes):
+    def shape(name: str, axes: int) -> tuple[int, ...]:
         found = state[name].shape if name in state else None
         if found is None or len(found) != axes:
             raise UsageError(
@@ -90,7 +101,7 @@ def told_by(state, config):
             )
         return found
 
-    def length(name):
+    def length(name: str) -> int | None:
         return shape(name, 1)[0] if name in state else None
 
     attention, given = "layers.0.0.branch", config.model
@@ -98,21 +109,21 @@ def told_by(state, config):
     max_seq_len, _ = shape("pos_emb.weight", 2)
     _, channels = shape(f"{attention}.to_out.weight", 2)
     _, inner = shape("layers.0.1.branch.4.weight", 2)
-    frequencies = length(f"{attention}.attn_fn.rel_pos.inv_freq")  # one for two channels
+    frequencies = length(f"{attention}.attn_fn.rel_pos.inv_freq")  # one per pair of channels
     dim_head = 2 * frequencies if frequencies else length(f"{attention}.q_scale") or given.dim_head
     heads = channels // dim_head if dim_head else given.heads
     heads = length("dynamic_pos_bias.mlp.4.bias") or length(f"{attention}.to_v_gate.0.bias") or heads
     if heads is None:
         raise UsageError(
-            f"expected model.heads=NUMBER or model.dim_head=NUMBER: {config.weights} does not tell how its {channels} "
-            "channels of attention are divided"
+            f"expected model.heads=NUMBER or model.dim_head=NUMBER: {config.weights} does not contain how its "
+            f"{channels} channels of attention are divided"
         )
     if heads == 0 or channels % heads:
         raise UsageError(
             f"model.heads={heads}: expected a divisor of {channels}, {config.weights}'s channels of attention"
         )
 
-    fits = given.ff_mult is not None and inner_size(dim, given.ff_mult) == inner
+    is_consistent = given.ff_mult is not None and inner_size(dim, given.ff_mult) == inner
     return {
         "num_tokens": num_tokens,
         "max_seq_len": max_seq_len,
@@ -120,7 +131,7 @@ def told_by(state, config):
         "depth": 1 + max(int(number) for name in state for number in re.findall(r"^layers\.(\d+)\.", name)),
         "heads": heads,
         "dim_head": channels // heads,
-        "ff_mult": given.ff_mult if fits else simplest_ff_mult(dim, inner),
+        "ff_mult": given.ff_mult if is_consistent else simplest_ff_mult(dim, inner),
         "num_residual_streams": length("layers.0.0.static_beta") or 1,
         "use_abs_pos_emb": bool(given.use_abs_pos_emb or state["pos_emb.weight"].any()),
         "use_dynamic_pos_bias": "dynamic_pos_bias.mlp.0.weight" in state,
@@ -129,36 +140,37 @@ def told_by(state, config):
     }
 
 
-def inner_size(dim, ff_mult):
-    """As the original computes it."""
+def inner_size(dim: int, ff_mult: float) -> int:
+    """The inner size of a feed-forward layer, as the original computes it."""
     return int(dim * ff_mult * 2 / 3)
 
 
-def simplest_ff_mult(dim, inner):
-    """The number with the fewest digits that gives a feed-forward of ``dim`` channels that inner size."""
+def simplest_ff_mult(dim: int, inner: int) -> float:
+    """Return the ``ff_mult`` with the fewest digits for which a feed-forward layer has that inner size."""
     digits = 0
     while True:
         least = -(-3 * inner * 10**digits // (2 * dim))  # 3 inner / (2 dim), rounded up
-        for numerator in (least, least + 1):  # the latter where the product is rounded to just below inner
+        for numerator in (least, least + 1):  # the latter if the product is rounded to just below inner
             if inner_size(dim, numerator / 10**digits) == inner:
                 return numerator / 10**digits
         digits += 1
 
 
 @command("import_torch", ImportConfig)
-def main(composed):
-    config = import_config(composed)  # what is wrong whatever the weights ends here, before the slow imports
+def main(composed: DictConfig) -> None:
+    config = import_config(composed)  # mistakes in the config end here, before the imports, which take seconds
 
     import yaml
 
     from local_attention.torch_state import load_torch_state
     from local_attention.training.build import build_model
-    from local_attention.training.checkpoint import Checkpoints, named_parameters, write_text
+    from local_attention.training.checkpoint import Checkpoints, tensors_of, write_text
     from local_attention.training.run_dir import refuse_to_overwrite
     from local_attention.training.state import RunState
     from local_attention.training.summary import continue_command
 
-    # The model, with the weights.
+    # Build the model and load the weights.
+    assert config.weights and config.run_dir  # checked above
     run_dir = Path(config.run_dir)
     refuse_to_overwrite(run_dir)
     state = read_state(config.weights)
@@ -169,18 +181,18 @@ def main(composed):
     except ValueError as error:
         raise UsageError(f"{config.weights}: {error}") from None
 
-    # A run that has taken no step, and that may go on with any bytes, optimizer and lengths.
-    origin = {"config": {"model": as_dict(model_config)}}
-    tensors = {name: parameter.asnumpy() for name, parameter in named_parameters(model).items()}
+    # Write a run at step 0 that can be continued with any data, optimizer and lengths.
+    provenance = {"config": {"model": as_dict(model_config)}}
+    tensors = tensors_of(model)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(origin["config"], sort_keys=False))
-    Checkpoints(run_dir / "checkpoints").save(tensors, {**RunState(None, None).saved(), **origin})
+    write_text(run_dir / "config.yaml", yaml.safe_dump(provenance["config"], sort_keys=False))
+    Checkpoints(run_dir / "checkpoints").save(tensors, {**RunState(None, None).state_dict(), **provenance})
 
-    # What may be done with it.
+    # Print the commands to use next.
     window, default = model_config.local_attn_window_size, as_dict(ModelConfig())
     seq_len = max(model_config.max_seq_len // window, 1) * window
     changes = {key: value for key, value in as_dict(model_config).items() if value != default[key]}
-    changes["max_seq_len"] = model_config.max_seq_len  # follows train.seq_len unless given
+    changes["max_seq_len"] = model_config.max_seq_len  # by default that of train.seq_len
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in changes.items()]
     run = shlex.quote(str(run_dir))
     print(f"{sum(array.size for array in tensors.values()):,} parameters of {config.weights} in {run_dir}")

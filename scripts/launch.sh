@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# scripts/launch.sh N [overrides of train.py]: train with N workers on this machine, each with its share of the cores.
-# Shows what worker 0 prints. Ctrl-C and SIGTERM let the workers save; exit statuses are those of train.py.
-# docs/distributed.md says how to use several machines.
-set -u -m # with job control, Ctrl-C goes to this script alone, which passes it on
+# scripts/launch.sh N [overrides of train.py]: train with N workers on this machine, each on its part of the cores.
+# Prints the output of worker 0. On Ctrl-C and SIGTERM the workers save and end; exit statuses are those of train.py.
+# docs/distributed.md describes how to use several machines.
+set -u -m # with job control, Ctrl-C is sent to this script only, which forwards it
 
 if [[ ! ${1-} =~ ^[1-9][0-9]*$ ]]; then
-    echo "error: expected the number of workers and what train.py takes: scripts/launch.sh 2 experiment=quickstart, got: $*" >&2
+    echo "error: expected the number of workers and overrides of train.py: scripts/launch.sh 2 experiment=quickstart, got: $*" >&2
     exit 2
 fi
 workers=$1
 shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-command -v msrun >/dev/null || PATH=$root/.venv/bin:$PATH # what make has set up, unless an environment is active
+command -v msrun >/dev/null || PATH=$root/.venv/bin:$PATH # made by make; used unless an environment is active
 if ! command -v msrun >/dev/null; then
     echo "error: expected msrun, which comes with MindSpore, in PATH: run make .venv/installed in $root" >&2
     exit 2
@@ -21,19 +21,19 @@ port=${MS_SCHED_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("
 logs=$(mktemp -d)
 
 touch "$logs/worker_0.log"
-tail -n +1 -f "$logs/worker_0.log" | grep --line-buffered -v '^\[INFO\] DISTRIBUTED' & # MindSpore's farewell
-# --tail_worker_log=N names no worker: msrun shows none.
+tail -n +1 -f "$logs/worker_0.log" | grep --line-buffered -v '^\[INFO\] DISTRIBUTED' & # MindSpore's messages at exit
+# --tail_worker_log=N names no worker, so that msrun prints no output of workers.
 msrun --worker_num="$workers" --local_worker_num="$workers" --master_port="$port" --log_dir="$logs" --join=True \
     --bind_core=True --tail_worker_log="$workers" "$root/train.py" parallel=data "$@" >"$logs/msrun.log" 2>&1 &
 msrun=$!
 
-pass_on() {
+forward() {
     pkill "-$1" -P "$msrun"
 }
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM
+trap 'forward INT' INT
+trap 'forward TERM' TERM
 
-# msrun ends all workers once one has failed, but then waits half a minute for its scheduler.
+# When a worker fails, msrun ends all workers, but then waits half a minute for its scheduler.
 failure='Worker process ([0-9]+) exit with exception. Error code: (-?[0-9]+)'
 {
     while kill -0 "$msrun"; do
@@ -47,17 +47,17 @@ failure='Worker process ([0-9]+) exit with exception. Error code: (-?[0-9]+)'
     status=$?
     kill %1
     wait %1
-} 2>/dev/null # in which the shell tells of jobs that were killed
+} 2>/dev/null # where the shell reports killed jobs
 
 if [[ $(cat "$logs/msrun.log") =~ $failure ]]; then
     process=${BASH_REMATCH[1]} code=${BASH_REMATCH[2]}
-    # Every worker begins its log by saying which process it is; one that was misused ends before that.
+    # The first line of a worker's log names its process; after a usage error there is no such line.
     log=$(grep -l -E "^worker [0-9]+ of [0-9]+: process $process\$" "$logs"/worker_*.log || ls "$logs"/worker_0.log)
     rank=${log##*worker_} rank=${rank%.log}
     if ((code < 0)); then
-        run=$(sed -nE 's/^.* (writing|continuing) (.+)$/\2/p' "$logs/worker_0.log")
-        [[ -e $run/checkpoints/last ]] && next="the last checkpoint is whole, continue with the same command and run_dir=$run"
-        echo "error: worker $rank was killed by signal $((-code)), so the others were ended; ${next:+$next; }logs: $logs" >&2
+        run=$(sed -nE 's/^.*; writing to (.+)$/\1/p' "$logs/worker_0.log")
+        [[ -e $run/checkpoints/last ]] && next="to continue from the last checkpoint, use the same command with run_dir=$run"
+        echo "error: worker $rank was killed by signal $((-code)), so all workers were ended; ${next:+$next; }logs: $logs" >&2
         exit 1
     fi
     ((rank == 0)) || sed "s/^error:/error: worker $rank:/" "$log" | grep '^error:' >&2

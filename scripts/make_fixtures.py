@@ -1,18 +1,22 @@
-"""Make the golden fixtures of the tests: what PyTorch's ``local-attention`` computes, outputs and gradients.
+"""Make the golden fixtures of the tests: outputs and gradients of PyTorch's ``local-attention``.
 
-Needs the extras parity, train and dev: ``pip install -e '.[parity,train,dev]'``. Takes some minutes:
+Needs the extras parity, train and dev: ``pip install -e '.[parity,train,dev]'``. Takes a few minutes:
 
     python scripts/make_fixtures.py
 
-Writes ``tests/local_attention/fixtures/CLASS.npz``; the same arrays each time. The cases cover every pair of values of
-the options below that can go together. Where the original is wrong, the expected values are those of the reference in
-NumPy, ``tests/local_attention/reference.py``, and the cases cover every option's values for each thing that is wrong.
+Writes ``tests/local_attention/fixtures/CLASS.npz``, deterministically. The cases cover all valid pairs of values of the
+options below. For each defect of the original, further cases cover every value of every option, with the results of the
+NumPy reference ``tests/local_attention/reference.py`` as expected values.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +39,10 @@ from tests.local_attention.golden import (
 )
 
 ORIGINAL = import_original()
-DRAWS = 150_000  # of rows of a table, in which every pair that can be occurs several times
+DRAWS = 150_000  # random rows per table; enough for every valid pair to occur several times
 BOTH = (False, True)
 
-TABLES = {
+TABLES: dict[str, dict[str, dict[str, Sequence[Any]]]] = {
     "LocalAttention": dict(
         options=dict(
             window_size=(1, 2, 3, 4, 5),
@@ -128,8 +132,8 @@ TABLES = {
     ),
 }
 
-# Windows above 128 are cut into blocks.
-LONG = [
+# Windows above 128 are divided into blocks.
+LONG: list[dict[str, Any]] = [
     dict(length=300, causal=True, dim=2, mask=2),
     dict(length=300, causal=True, look_backward=2, use_xpos=True, dim=2),
     dict(length=512, exact_windowsize=True, look_forward=0, shared_qk=True, dim=2),
@@ -138,22 +142,29 @@ LONG = [
 ]
 
 
-def draw(kind):
-    """``(case, chosen)`` of random rows of a table, those that are possible; ``chosen`` has a number for each value."""
+class Draw(NamedTuple):
+    """A case, and the features that it covers, as numbers."""
+
+    case: Any
+    features: Sequence[int]
+
+
+def draw(kind: str) -> Iterator[Draw]:
+    """Yield the valid ones of random rows of a table, with one feature per value."""
     table = [(group, name, values) for group, names in TABLES[kind].items() for name, values in names.items()]
     sizes = [len(values) for _, _, values in table]
     first = np.cumsum([0, *sizes[:-1]])
     for picks in np.random.RandomState(0).randint(0, sizes, (DRAWS, len(sizes))):
-        groups = {group: {} for group in TABLES[kind]}
+        groups: dict[str, dict[str, Any]] = {group: {} for group in TABLES[kind]}
         for (group, name, values), pick in zip(table, picks, strict=True):
             groups[group][name] = values[pick]
         case = KINDS[kind]("pytorch", 0, **groups)
         if possible(case):
-            yield case, first + picks
+            yield Draw(case, first + picks)
 
 
-def possible(case):
-    """Whether the class takes the options together, and scores keep a size of about one."""
+def possible(case: Any) -> bool:
+    """Whether the class accepts the options together, and scores remain of order one."""
     options, call, data = case.options, case.call, case.data
     if isinstance(case, BiasCase):
         return True
@@ -170,12 +181,12 @@ def possible(case):
     )
 
 
-def masks_of(case):
+def masks_of(case: Any) -> list[Any]:
     return [case.call[name] for name in ("mask", "input_mask") if case.call.get(name) is not None]
 
 
-def fits(case, window):
-    """What one class asks for."""
+def fits(case: Any, window: int) -> bool:
+    """Check the requirements of a single class."""
     options, call, data = case.options, case.call, case.data
     if isinstance(case, AttentionCase):
         dim = options["dim"] if options["rel_pos_emb_config"] is None else options["rel_pos_emb_config"][0]
@@ -192,14 +203,14 @@ def fits(case, window):
     )
 
 
-def decays(definition):
-    """Whether xPos, if any, lets scores grow but little: for keys ahead of a query, its decay is growth."""
+def decays(definition: dict[str, Any]) -> bool:
+    """Whether scores with xPos remain small. Its decay becomes growth for keys ahead of a query."""
     base, window = definition["xpos_scale_base"], definition["window_size"]
     return base is None or definition["causal"] or (definition["look_forward"] + 1) * window - 1 <= 2 * base
 
 
-def what_is_wrong(case):
-    """What the original does wrong or cannot do, or None."""
+def defect(case: Any) -> str | None:
+    """Name the defect or missing feature of the original that affects a case, or None."""
     options, call, data = case.options, case.call, case.data
     if isinstance(case, BiasCase):
         return "first" if call["first"] is not None or call["j"] < call["i"] else None
@@ -227,8 +238,8 @@ def what_is_wrong(case):
     return None if options["use_rotary_pos_emb"] else "no positions"
 
 
-def is_telling(case):
-    """Whether queries see more than themselves, and no option is given in vain."""
+def is_informative(case: Any) -> bool:
+    """Whether queries attend to other tokens, and all options have an effect."""
     options, call, data = case.options, case.call, case.data
     if isinstance(case, BiasCase):
         return True
@@ -248,34 +259,32 @@ def is_telling(case):
     )
 
 
-def cover(found):
-    """Cases, greedily, that together have every feature of ``found``, rows ``(case, features)`` of numbers.
-
-    What telling cases can have, they do.
-    """
+def cover(found: list[Draw]) -> list[Any]:
+    """Greedily choose cases that together cover every feature in ``found``, informative ones where possible."""
     features = np.array([row for _, row in found])
-    telling = np.array([is_telling(case) for case, _ in found])
+    informative = np.array([is_informative(case) for case, _ in found])
     chosen, missing = [], np.zeros(features.max() + 1, bool)
     missing[features] = True
     while missing.any():
         gains = missing[features].sum(1)
-        if (gains * telling).any():
-            gains *= telling
+        if (gains * informative).any():
+            gains *= informative
         chosen.append(found[gains.argmax()][0])
         missing[features[gains.argmax()]] = False
     return chosen
 
 
-def choose_cases(kind):
-    """Cases with every pair of values for which the original is right; for each of its errors, with every value."""
-    right, wrong = [], {}
+def choose_cases(kind: str) -> list[Any]:
+    """Choose cases that cover all pairs of values for which the original is right, and all values for each defect."""
+    right: list[Draw] = []
+    wrong: dict[str, list[Draw]] = {}
     for case, chosen in draw(kind):
-        error = what_is_wrong(case)
+        error = defect(case)
         if error is None:
-            right.append((case, [a * 1000 + b for a, b in combinations(chosen, 2)]))
+            right.append(Draw(case, [a * 1000 + b for a, b in combinations(chosen, 2)]))
         else:
             case.source = "numpy"
-            wrong.setdefault(error, []).append((case, chosen))
+            wrong.setdefault(error, []).append(Draw(case, chosen))
     cases = cover(right)
     for found in wrong.values():
         cases += cover(found)
@@ -286,9 +295,11 @@ def choose_cases(kind):
     return cases
 
 
-def long_case(kind, changes):
-    """Every option's first value, windows of 256, and the changes."""
-    groups = {group: {name: values[0] for name, values in names.items()} for group, names in TABLES[kind].items()}
+def long_case(kind: str, changes: dict[str, Any]) -> Any:
+    """Make a case with windows of 256, the given changes, and the first value of every other option."""
+    groups: dict[str, dict[str, Any]] = {
+        group: {name: values[0] for name, values in names.items()} for group, names in TABLES[kind].items()
+    }
     groups["options"] |= dict(window_size=256, autopad=True)
     groups["data"] |= dict(leading=[2], d=2, e=2)
     for name, value in changes.items():
@@ -296,13 +307,13 @@ def long_case(kind, changes):
     return KINDS[kind]("pytorch", 0, **groups)
 
 
-def original_module(case):
-    """The original's module with the parameters of the case."""
+def original_module(case: Any) -> torch.nn.Module:
+    """Build the original's module with the parameters of the case."""
     options = dict(case.options)
     if isinstance(case, RotaryCase):
         return type(ORIGINAL.LocalAttention(2, dim=2).rel_pos)(**options)
     if isinstance(case, MhaCase):
-        del options["scale"]  # passed on, it is given twice
+        del options["scale"]  # LocalMHA would pass it on twice
     if isinstance(case, TransformerCase):
         del options["use_abs_pos_emb"], options["use_rotary_pos_emb"]
         dim = options["dim"]
@@ -318,11 +329,11 @@ def original_module(case):
     return module
 
 
-def original_call(case, module, arguments):
-    """What the original gives for arguments, tensors."""
+def original_call(case: Any, module: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    """Call the original with the arguments of a case, as tensors."""
     if isinstance(case, RotaryCase):
         freqs, scale = module(arguments["k"])
-        scale = scale if case.call["scale"] else torch.ones(1)  # the default, a number, fails
+        scale = scale if case.call["scale"] else torch.ones(1)  # the default, a number, raises an error
         return torch.cat(ORIGINAL.apply_rotary_pos_emb(**arguments, freqs=freqs, scale=scale), -2)
     if isinstance(case, BiasCase):
         return module(arguments["i"], arguments["j"])
@@ -330,12 +341,12 @@ def original_call(case, module, arguments):
         if arguments["x"].dtype == torch.int32:
             arguments["x"] = arguments["x"].long()
         if arguments["return_loss"] and arguments["mask"] is not None:
-            arguments["mask"] = arguments["mask"][:, :-1]  # which the original does not do
+            arguments["mask"] = arguments["mask"][:, :-1]  # the original uses the mask of the whole sequence
     return module(**arguments)
 
 
-def from_pytorch(case):
-    """The expected arrays: the output and the gradients of inputs and parameters."""
+def from_pytorch(case: Any) -> dict[str, np.ndarray]:
+    """Compute output and gradients of inputs and parameters with PyTorch."""
     module = original_module(case)
     arguments = {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -351,26 +362,27 @@ def from_pytorch(case):
     return {"out": out.detach().numpy()} | {name: value.grad.numpy() for name, value in gradients.items()}
 
 
-def from_numpy(case):
-    """The same from the reference."""
+def from_numpy(case: Any) -> dict[str, np.ndarray]:
+    """Compute output and gradients of inputs and parameters with the NumPy reference."""
     cell = case.cell()
     p = parameters(cell)
     inputs = {name: x for name, x in case.arguments().items() if isinstance(x, np.ndarray) and x.dtype == np.float32}
     out = case.by_reference(p)
     cotangent = case.cotangent(out.shape)
 
-    def gradient(call, x):
-        return reference.numerical_gradient(lambda x: (call(x) * cotangent).sum(), x)
+    def of_input(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.numerical_gradient(lambda x: (case.by_reference(p, **{name: x}) * cotangent).sum(), x)
 
-    of_inputs = {
-        name: gradient(lambda x, name=name: case.by_reference(p, **{name: x}), inputs[name]) for name in inputs
-    }
-    of_parameters = {name: gradient(lambda x, name=name: case.by_reference(p | {name: x}), p[name]) for name in p}
+    def of_parameter(name: str, x: np.ndarray) -> np.ndarray:
+        return reference.numerical_gradient(lambda x: (case.by_reference(p | {name: x}) * cotangent).sum(), x)
+
+    of_inputs = {name: of_input(name, x) for name, x in inputs.items()}
+    of_parameters = {name: of_parameter(name, x) for name, x in p.items()}
     return {"out": out} | of_inputs | case.under_their_names(cell, of_parameters)
 
 
-def main():
-    torch.set_num_threads(1)  # sums in one order
+def main() -> None:
+    torch.set_num_threads(1)  # makes sums deterministic
     FOLDER.mkdir(exist_ok=True)
     for kind in KINDS:
         cases = choose_cases(kind)

@@ -8,6 +8,7 @@ Needs the parity extra: ``pip install -e '.[parity]'``. Example:
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,8 +17,10 @@ import torch
 from scripts.pytorch_original import import_original
 
 OUTPUT = Path(__file__).resolve().parents[1] / "tests/local_attention/fixtures/torch_names.json"
-SIZES = dict(num_tokens=9, max_seq_len=12, dim=6, depth=2, heads=3, dim_head=4, local_attn_window_size=4)
-CASES = [  # global_layers: the layers that get a linear one
+SIZES: dict[str, Any] = dict(
+    num_tokens=9, max_seq_len=12, dim=6, depth=2, heads=3, dim_head=4, local_attn_window_size=4
+)
+CASES: list[dict[str, Any]] = [  # global_layers: layers before which a linear layer is inserted
     dict(),
     dict(num_tokens=None),
     dict(ff_mult=3),
@@ -33,8 +36,8 @@ CASES = [  # global_layers: the layers that get a linear one
 ]
 
 
-def state_shapes(options):
-    """``{name: shape}`` of the state dict of the original with these options."""
+def state_shapes(options: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the shapes of the state dict of the original with these options, by name."""
     options = {"num_residual_streams": 1, **SIZES, **options}
     if inserted := options.pop("global_layers", None):
         linear = torch.nn.Linear(options["dim"], options["dim"])
@@ -43,7 +46,7 @@ def state_shapes(options):
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
-def main():
+def main() -> None:
     lines = [json.dumps({"options": SIZES | case, "state": state_shapes(case)}) for case in CASES]
     OUTPUT.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 

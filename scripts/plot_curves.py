@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,24 +17,34 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def read_run(run_dir):
-    """``(train, validation, test)`` of a run, each a list of ``(bytes seen, minutes, bpb)``."""
-    curves = {"train": [], "val": [], "test": []}
+class Point(NamedTuple):
+    """A point of a curve."""
+
+    bytes_seen: int
+    minutes: float
+    bpb: float
+
+
+def read_run(run_dir: Path) -> dict[str, list[Point]]:
+    """Return the curves "train", "val" and "test" of a run."""
+    curves: dict[str, list[Point]] = {"train": [], "val": [], "test": []}
     for line in (run_dir / "metrics.jsonl").read_text().split("\n"):
-        record = json.loads(line) if line else {"kind": "none"}
-        point = record.get("bytes_seen"), record.get("wall_s", 0) / 60, record.get("bpb")
+        record: dict[str, Any] = json.loads(line) if line else {"kind": "none"}
         if record["kind"] == "train":
-            curves["train"].append(point)
+            curve = "train"
         elif record["kind"] == "eval" and (record["split"] == "test" or not record.get("whole_split")):
-            curves[record["split"]].append(point)
-    return curves["train"], curves["val"], curves["test"]
+            curve = record["split"]
+        else:
+            continue
+        curves[curve].append(Point(record["bytes_seen"], record["wall_s"] / 60, record["bpb"]))
+    return curves
 
 
-def draw(run_dirs, output):
-    """Write a picture of all runs to ``output``; its ending says which format."""
+def draw(run_dirs: list[Path], output: str) -> None:
+    """Write a picture of all runs to ``output``, in the format of its suffix."""
     figure, (by_bytes, by_minutes) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for number, run_dir in enumerate(run_dirs):
-        train, val, test = read_run(run_dir)
+        train, val, test = read_run(run_dir).values()
         for axes, x in ((by_bytes, 0), (by_minutes, 1)):
             colour = f"C{number}"
             label = "/".join(run_dir.resolve().parts[-2:])
@@ -50,7 +61,7 @@ def draw(run_dirs, output):
     figure.savefig(output, dpi=110)
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("-o", "--output", default="curves.png", help="picture to write (default: curves.png)")

@@ -1,14 +1,17 @@
-"""The PyTorch package ``local-attention`` beside this project's package of the same import name."""
+"""Import the PyTorch package ``local-attention``, which has the same import name as this project's package."""
 
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType
+from typing import Any
 
+from local_attention.training.config import ModelConfig
 from local_attention.training.errors import UsageError
 
 
-def import_original():
-    """The original's module ``local_attention.transformer``, which leaves ``import local_attention`` as it was.
+def import_original() -> ModuleType:
+    """Import the original's ``local_attention.transformer``. ``import local_attention`` still gives this project's.
 
     Needs the parity extra: ``pip install -e '.[parity]'``.
     """
@@ -27,11 +30,11 @@ def import_original():
         sys.modules.update(ours)
 
 
-def original_arguments(config):
-    """The keyword arguments with which the original's ``LocalTransformer`` is the model of a ``ModelConfig``.
+def original_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments with which the original's ``LocalTransformer`` is the same model.
 
     Raises:
-        UsageError: for what the original cannot be.
+        UsageError: the original does not have an option.
     """
     try:
         return config.original_arguments()

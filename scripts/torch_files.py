@@ -1,34 +1,41 @@
-"""Files of PyTorch weights: ``.safetensors``, and ``.pt`` or ``.pth``, which take PyTorch."""
+"""Read and write PyTorch weights: ``.safetensors``, and ``.pt`` or ``.pth``, which need PyTorch."""
+
+from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 from local_attention.training.errors import RunError, UsageError
 
 ENDINGS = (".pt", ".pth", ".safetensors")
-WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which checkpoints keep the state dict
-PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of data parallelism and of torch.compile
+WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which checkpoints store the state dict
+State = dict[str, np.ndarray]
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # added by data parallelism and torch.compile
 
 
-def require_ending(key, path):
+def require_ending(key: str, path: str) -> None:
     if not path.endswith(ENDINGS):
         raise UsageError(f"{key}={path}: expected a file that ends in {', '.join(ENDINGS)}")
 
 
-def read_state(path):
-    """The state dict in a file, ``{name: array}``.
+def read_state(path: str) -> State:
+    """Read the state dict in a file, name to array.
 
     Raises:
-        UsageError: for what cannot be read or is no state dict.
-        RunError: for a file that takes PyTorch where there is none.
+        UsageError: the file cannot be read or contains no state dict.
+        RunError: the file needs PyTorch, which is not installed.
     """
-    Path(path).stat()  # a file that is not there: an error that names it
+    Path(path).stat()  # raises an error that names a missing file
     state = read_safetensors(path) if path.endswith(".safetensors") else read_pickled(path)
     return {PREFIXES.sub("", str(name)): array for name, array in state.items()}
 
 
-def read_safetensors(path):
-    import mindspore as ms  # with which NumPy knows bfloat16
+def read_safetensors(path: str) -> State:
+    import mindspore as ms  # makes bfloat16 known to NumPy
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -38,11 +45,11 @@ def read_safetensors(path):
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
-def read_pickled(path):
+def read_pickled(path: str) -> State:
     torch = import_torch(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zipfile, PyTorch and others
+    except Exception as error:  # pickle, zipfile and PyTorch raise many types
         kind = type(error).__name__
         raise UsageError(f"{path}: expected what torch.save(model.state_dict(), FILE) writes, got a {kind}") from None
     for key in WRAPPERS:
@@ -54,8 +61,8 @@ def read_pickled(path):
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
-def write_state(path, state):
-    """Write a state dict, ``{name: array}``, whole or not at all; raises :class:`RunError` as :func:`read_state`."""
+def write_state(path: str, state: dict[str, Any]) -> None:
+    """Atomically write a state dict, name to array; raises :class:`RunError` like :func:`read_state`."""
     from local_attention.training.checkpoint import write_atomically
 
     if path.endswith(".safetensors"):
@@ -67,9 +74,9 @@ def write_state(path, state):
     write_atomically(path, lambda partial: save(state, partial))
 
 
-def import_torch(path):
+def import_torch(path: str) -> ModuleType:
     try:
         import torch
     except ImportError:
-        raise RunError(f"{path} takes PyTorch: pip install torch, or use a .safetensors file instead") from None
+        raise RunError(f"{path} needs PyTorch: pip install torch, or use a .safetensors file instead") from None
     return torch

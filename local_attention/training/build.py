@@ -1,4 +1,7 @@
-"""From configs and checkpoints to models."""
+"""Build models from configs and checkpoints."""
+
+from pathlib import Path
+from typing import Any
 
 from local_attention.training.checkpoint import read, restore
 from local_attention.training.config import ModelConfig
@@ -6,13 +9,17 @@ from local_attention.training.keys import as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 
-def build_model(config):
-    """The ``LocalTransformer`` of a ``ModelConfig``."""
+def build_model(config: ModelConfig) -> LocalTransformer:
+    """Build the ``LocalTransformer`` that a config describes."""
     return LocalTransformer(**as_dict(config))
 
 
-def load_model(checkpoint):
-    """The model of a checkpoint, in evaluation mode, and the checkpoint's metadata; raises ``CheckpointError``."""
+def load_model(checkpoint: str | Path) -> tuple[LocalTransformer, dict[str, Any]]:
+    """Load a model in evaluation mode, and the metadata of its checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or corrupt.
+    """
     tensors, meta = read(checkpoint)
     model = build_model(parse(ModelConfig, meta["config"]["model"]))
     restore(tensors, model)

@@ -1,20 +1,25 @@
-"""Checkpoints that are whole or not there: written beside, flushed, moved into place.
+"""Atomic checkpoints: written to a temporary file, flushed to disk, renamed.
 
 A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``; the optimizer's state under ``optimizer.``,
-unless the weights were imported) and a ``.json`` sidecar with what is no tensor. ``last`` and ``best`` are links to the
-newest and the best one. The sidecar is written after the tensors, and a checkpoint counts as there once its sidecar is;
-it holds their checksum, so that one that was damaged later is known as such.
+unless the weights were imported) and a JSON sidecar with everything else. ``last`` and ``best`` are symbolic links to
+the newest checkpoint and to the one with the lowest validation bpb. The sidecar is written after the tensors and
+contains their checksum: a checkpoint without a sidecar is incomplete, one with another checksum is corrupt.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
+from mindspore import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -24,16 +29,19 @@ FORMAT = 1
 
 log = logging.getLogger("train")
 
+Tensors = dict[str, np.ndarray]
+Metadata = dict[str, Any]
 
-def write_atomically(path, write):
-    """Call ``write(partial_path)``, flush what it wrote to the disk, then move it to ``path``."""
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call ``write(temporary_path)``, flush the file to disk, and rename it to ``path``."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         write(partial)
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # safetensors makes files that only their owner may read
+        partial.chmod(0o666 & ~umask)  # safetensors creates files that only their owner may read
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -42,8 +50,8 @@ def write_atomically(path, write):
     flush_directory(path.parent)
 
 
-def flush_directory(directory):
-    """Make renames within ``directory`` last through a power cut."""
+def flush_directory(directory: Path) -> None:
+    """Flush ``directory`` to disk, so that files renamed in it survive a power failure."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +59,7 @@ def flush_directory(directory):
         os.close(descriptor)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
@@ -59,70 +67,80 @@ class Checkpoints:
     """The checkpoints of one run directory.
 
     Args:
-        directory: created when the first one is saved.
-        keep_last: how many of the newest stay; the best one always does.
+        directory: where they are; created when the first one is saved.
+        keep_last: how many of the newest checkpoints to keep; the best one is always kept.
     """
 
-    def __init__(self, directory, keep_last=2):
+    def __init__(self, directory: str | Path, keep_last: int = 2) -> None:
         self.directory, self.keep_last = Path(directory), keep_last
 
-    def save(self, tensors, meta, best=False):
-        """Write ``tensors`` (name to array) and ``meta`` (with ``step``), then lead ``last`` (and ``best``) to them.
+    def save(self, tensors: Tensors, meta: Metadata, best: bool = False) -> Path:
+        """Write a checkpoint and let ``last`` (and ``best``) point to it.
+
+        Args:
+            tensors: name to array.
+            meta: what to store in the sidecar, with ``step``.
+            best: whether this is the best checkpoint so far.
+
+        Returns:
+            The path of the checkpoint.
 
         Raises:
-            RunError, OSError: for tensors that are not finite, and where the disk is full or cannot be written: then
-                nothing is, and the checkpoints that were complete stay.
+            RunError, OSError: a tensor is not finite, or the disk is full or not writable. Completed checkpoints are
+                kept.
         """
-        broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
-        if broken:
-            raise RunError(f"step {meta['step']:,}: {broken[0]} holds NaN or infinity, so no checkpoint was written")
+        not_finite = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+        if not_finite:
+            raise RunError(
+                f"step {meta['step']:,}: {not_finite[0]} contains NaN or infinity, so no checkpoint was written"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / f"step-{meta['step']:08d}.safetensors"
         checksum = None
 
-        def write(partial):
+        def write(partial: Path) -> None:
             nonlocal checksum
             save_file(tensors, partial)
-            checksum = checksum_of(partial)
+            checksum = sha256_of(partial)
 
         try:
             write_atomically(path, write)
         except SafetensorError as error:
             raise RunError(f"cannot write the checkpoint {path}: {error}") from None
         write_text(sidecar(path), json.dumps({"format": FORMAT, "sha256": checksum, **meta}, indent=1) + "\n")
-        self.point("last", path)
+        self.link("last", path)
         if best:
-            self.point("best", path)
+            self.link("best", path)
         self.prune()
         return path
 
-    def point(self, name, path):
-        """Let the link ``name`` lead to ``path``, at no instant to nothing."""
+    def link(self, name: str, path: Path) -> None:
+        """Atomically let the link ``name`` point to ``path``."""
         partial = self.directory / f".{name}.partial-{os.getpid()}"
         partial.unlink(missing_ok=True)
         partial.symlink_to(path.name)
         os.replace(partial, self.directory / name)
         flush_directory(self.directory)
 
-    def prune(self):
-        """Delete all but the newest ``keep_last`` and the ones that ``last`` and ``best`` lead to."""
+    def prune(self) -> None:
+        """Delete all checkpoints except the newest ``keep_last``, ``last`` and ``best``."""
         linked = {(self.directory / name).resolve().name for name in ("last", "best")}
         for path in self.complete()[: -self.keep_last]:
             if path.name not in linked:
                 path.unlink()
                 sidecar(path).unlink()
 
-    def complete(self):
-        """Paths of the complete checkpoints, oldest first."""
+    def complete(self) -> list[Path]:
+        """Return the paths of all complete checkpoints, oldest first."""
         return [path for path in sorted(self.directory.glob("step-*.safetensors")) if sidecar(path).exists()]
 
-    def find(self, name):
-        """The path that ``name`` leads to (``last`` or ``best``), or the newest one that is whole; None without any.
+    def find(self, name: str) -> Path | None:
+        """Return the checkpoint ``last`` or ``best``, or the newest valid one if that is corrupt; None without any.
 
-        A warning says which damaged ones are passed over.
+        Corrupt checkpoints are skipped with a warning.
 
         Raises:
-            CheckpointError: where all are damaged.
+            CheckpointError: all checkpoints are corrupt.
         """
         complete = self.complete()
         named = self.directory / (self.directory / name).resolve().name
@@ -130,18 +148,18 @@ class Checkpoints:
             try:
                 read_meta(path)
             except CheckpointError as error:
-                log.warning(f"{error}; looking for an older one")
+                log.warning(f"{error}; trying an older one")
             else:
                 return path
         if complete:
             raise CheckpointError(
-                f"all checkpoints in {self.directory} are damaged: restore one of them, or begin a new run elsewhere"
+                f"all checkpoints in {self.directory} are corrupt: restore one of them, or use another run_dir"
             )
         return None
 
 
-def remove_leftovers(directory):
-    """Delete what a process that was killed while it wrote left behind in the directory, if it is there."""
+def remove_leftovers(directory: str | Path) -> None:
+    """Delete the incomplete files of a process that was killed while writing to the directory."""
     for path in Path(directory).glob(".*.partial-*"):
         path.unlink()
     for path in Path(directory).glob("step-*.json"):
@@ -149,40 +167,44 @@ def remove_leftovers(directory):
             path.unlink()
 
 
-def sidecar(path):
+def sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def checksum_of(path):
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def read_meta(path):
-    """The metadata of a checkpoint whose tensors are as they were written.
+def read_meta(path: Path) -> Metadata:
+    """Read the metadata of a checkpoint and verify the checksum of its tensors.
 
     Raises:
-        CheckpointError: for a file that is missing, damaged or of another format.
+        CheckpointError: the checkpoint is missing, corrupt or of another format.
     """
     try:
-        meta, checksum = json.loads(sidecar(path).read_text()), checksum_of(path)
+        meta, checksum = json.loads(sidecar(path).read_text()), sha256_of(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint, or one without its {sidecar(path).name}") from None
+        raise CheckpointError(f"{path}: no such checkpoint, or its sidecar {sidecar(path).name} is missing") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"the checkpoint {path} has format {found}, expected {FORMAT}")
-    if meta.pop("sha256", checksum) != checksum:  # older ones have none
-        raise CheckpointError(f"the checkpoint {path} cannot be read: its checksum is not that of its sidecar")
+    if meta.pop("sha256", checksum) != checksum:  # the first checkpoints had no checksum
+        raise CheckpointError(f"the checkpoint {path} cannot be read: its checksum differs from that in its sidecar")
     return meta
 
 
-def read(path):
-    """The tensors (name to array) and the metadata of a checkpoint; raises ``CheckpointError`` as :func:`read_meta`."""
+def read(path: str | Path) -> tuple[Tensors, Metadata]:
+    """Read the tensors and the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, corrupt or of another format.
+    """
     path = Path(path).resolve()
     meta = read_meta(path)
     try:
@@ -191,15 +213,15 @@ def read(path):
         raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from None
 
 
-def shapes_of(path):
-    """Name to number of elements, of the tensors of a checkpoint, from the head of its file alone."""
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Return the number of elements of each tensor of a checkpoint, reading only the header of its file."""
     with safe_open(path, "numpy") as file:
         names = file.keys()
         return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
 
 
-def named_parameters(model, optimizer=None):
-    """What a checkpoint holds of a model and its optimizer: name to Parameter."""
+def named_parameters(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> dict[str, ms.Parameter]:
+    """Return the parameters that a checkpoint stores, by their names in it."""
     named = {f"model.{parameter.name}": parameter for parameter in model.get_parameters()}
     if optimizer is not None:
         weights = {parameter.name for parameter in model.get_parameters()}
@@ -208,18 +230,18 @@ def named_parameters(model, optimizer=None):
     return named
 
 
-def tensors_of(model, optimizer):
-    """The values of :func:`named_parameters` as arrays."""
+def tensors_of(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> Tensors:
+    """Return the values of :func:`named_parameters` as arrays."""
     return {name: parameter.asnumpy() for name, parameter in named_parameters(model, optimizer).items()}
 
 
-def restore(tensors, model, optimizer=None):
-    """Put the tensors of a checkpoint back; without ``optimizer`` only those of the model.
+def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = None) -> None:
+    """Load the tensors of a checkpoint into a model and, if given, its optimizer.
 
-    One that holds weights alone, as an imported one does, leaves the optimizer as it is.
+    If the checkpoint contains only weights, as an imported one does, the optimizer is not changed.
 
     Raises:
-        CheckpointError: naming a tensor that is missing, left over or of another shape.
+        CheckpointError: naming a tensor that is missing, unexpected or of another shape. Nothing was changed.
     """
     if not any(name.startswith("optimizer.") for name in tensors):
         optimizer = None

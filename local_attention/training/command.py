@@ -1,6 +1,6 @@
-"""A Hydra entry point with the exit statuses and one-line errors that a person expects.
+"""Hydra entry points with one-line errors and the usual exit statuses.
 
-Status 0: done; 1: failure; 2: usage; 130, 141 and 143: ended by Ctrl-C, a closed pipe, SIGTERM.
+Status 0: success; 1: failure; 2: usage error; 130, 141 and 143: ended by Ctrl-C, a closed pipe, SIGTERM.
 """
 
 import os
@@ -9,10 +9,9 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Container
 from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import hydra
 import yaml
@@ -29,26 +28,25 @@ QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 PLAIN_PATH = re.compile(r"[\w./-]*/[\w./-]*", re.ASCII)
 
-
 Task = Callable[[DictConfig], int | None]
 
 
 def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], None]]:
-    """Decorate ``task(config)``, which returns None or an exit status, so that calling it runs the command line.
+    """Decorate ``task(config)``, which returns None or an exit status, as a command-line program.
 
     Args:
-        config_name: the task is called with what Hydra composes from ``configs/{config_name}.yaml``.
-        schema: the dataclass of that config; ``--help`` explains its keys, and a mistyped one is compared with them.
+        config_name: the task gets the config that Hydra composes from ``configs/{config_name}.yaml``.
+        schema: the dataclass of that config; ``--help`` explains its keys, and a mistyped key is compared with them.
     """
-    text = {key for key, option in keys_of(schema).items() if str in option.kinds}
+    text = {key for key, described in keys_of(schema).items() if described.kind == "string"}
 
     def decorate(task: Task) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
         @wraps(task)
         def run(config: DictConfig) -> None:
             try:
-                status = status_of(task, config)
-            except Exception:  # a fault of the program: all of it, for whoever fixes it
+                status = run_task(task, config)
+            except Exception:  # a bug: show the whole traceback
                 traceback.print_exc()
                 status = 1
             if status:
@@ -56,17 +54,17 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
 
         @wraps(task)
         def main() -> None:
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's errors come here instead of being printed in several lines
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
             deliver_to_python()
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(help_of(config_name, schema, task.__globals__.get("__doc__") or ""), end="")
                 return
-            sys.argv[1:] = [quoted(argument, text) for argument in sys.argv[1:]]
+            sys.argv[1:] = [quote(argument, text) for argument in sys.argv[1:]]
             try:
                 run()
             except (HydraException, OmegaConfBaseException, ValueError) as error:  # "model=null" is a ValueError
-                sys.exit(fail(explain(error, schema), 2))
+                sys.exit(print_error(explain(error, schema), 2))
 
         return main
 
@@ -80,9 +78,9 @@ def help_of(config_name: str, schema: type, about: str) -> str:
         for group, default in entry.items() if isinstance(entry, dict) else ():
             names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
             rows.append((group, shown(default), f"configs/{group}: one of {', '.join(names)}"))
-    for key, option in keys_of(schema).items():
-        allowed = option.bounds or option.names
-        rows.append((key, shown(option.default), option.help("null") + f" ({allowed})" * bool(allowed)))
+    for name, about_key in keys_of(schema).items():
+        help = about_key.help.replace("None:", "null:") + f" ({about_key.allowed})" * bool(about_key.allowed)
+        rows.append((name, shown(about_key.default), help))
     width, column = 120, 38
     lines = textwrap.wrap(about.replace("``", ""), width)
     for key, default, text in rows:
@@ -91,10 +89,11 @@ def help_of(config_name: str, schema: type, about: str) -> str:
     return "\n".join([*lines, "--cfg job prints the config of a command line instead of running it."]) + "\n"
 
 
-def quoted(argument: str, text: Collection[str]) -> str:
-    """``prompt=a, b`` as ``prompt='a, b'``, for the keys in ``text``; ``null`` and what is in quotes stay as they are.
+def quote(argument: str, text: Container[str]) -> str:
+    """Quote the value of an argument if its key is in ``text``: ``prompt=a, b`` becomes ``prompt='a, b'``.
 
-    Hydra and OmegaConf take a backslash as an escape only where one or several come before a quote or a ``${``.
+    ``null`` and values in quotes are not changed. In Hydra and OmegaConf, backslashes escape only before a quote or
+    ``${``.
     """
     key, separator, value = argument.partition("=")
     if not separator or key not in text or value == "null" or QUOTED.fullmatch(value) or PLAIN_PATH.fullmatch(value):
@@ -103,33 +102,35 @@ def quoted(argument: str, text: Collection[str]) -> str:
     return f"{key}='{special.sub(lambda m: 2 * m[1] + (chr(92) + m[2] if m[2] else ''), value)}'"
 
 
-def status_of(task: Task, config: Any) -> int | None:
-    """Run ``task``; an exception for a person becomes a line and a status, any other one passes."""
+def run_task(task: Task, config: DictConfig) -> int | None:
+    """Run ``task`` and return its exit status. Errors that the user can act on are printed, others are raised."""
     try:
         return task(config)
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except BrokenPipeError:  # the reader has what it wanted, as in "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return print_error("interrupted", 130)
+    except BrokenPipeError:  # the reader has closed the pipe, as "| head" does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail
         return 128 + signal.SIGPIPE
     except OSError as error:
-        named_by_a_person = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2 if named_by_a_person else 1)
+        is_usage_error = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        message = f"{error.filename}: {error.strerror}" if error.filename else error
+        return print_error(message, 2 if is_usage_error else 1)
     except Exception as error:
         if not hasattr(error, "exit_status"):
             raise
-        return fail(error, error.exit_status)
+        return print_error(error, error.exit_status)
 
 
-def fail(error: object, status: int) -> int:
+def print_error(error: object, status: int) -> int:
+    """Print an error in one line and return ``status``."""
     print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
     return status
 
 
 def explain(error: Exception, schema: type) -> str:
-    """One line for an error of Hydra's or OmegaConf's, whose texts have several."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
+    """Return one line for an error of Hydra or OmegaConf, whose messages have several."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: expected one of {', '.join(sorted(error.options))}"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         return unknown_key(str(error.__cause__.full_key), schema)

@@ -5,13 +5,16 @@ Each key is declared once, by a field: name, type, range, default and one line o
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig
+from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic.dataclasses import dataclass
 
 from local_attention.options import (
+    CHECKED,
     Depth,
     Dim,
     ExactWindowSize,
@@ -20,17 +23,18 @@ from local_attention.options import (
     LocalTransformerOptions,
     MaxSeqLen,
     WindowSize,
+    first_problem,
 )
 from local_attention.training.errors import UsageError
 from local_attention.training.keys import as_dict, keys_for, parse
 
-Run = Annotated[str | None, Help("run directory")]
-Checkpoint = Annotated[str, Help("best, last or a checkpoint file, which needs no run")]
-Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
-Count = Annotated[int, Ge(1)]
-Decay = Annotated[float, Ge(0), Lt(1)]
-Fraction = Annotated[float, Ge(0), Le(1)]
-Positive = Annotated[float, Gt(0)]
+Run = Annotated[StrictStr | None, Help("run directory")]
+Checkpoint = Annotated[StrictStr, Help("best, last or a checkpoint file, which needs no run")]
+Seed = Annotated[StrictInt, Ge(0), Le(2**32 - 1)]
+Count = Annotated[StrictInt, Ge(1)]
+Decay = Annotated[StrictFloat, Ge(0), Lt(1)]
+Fraction = Annotated[StrictFloat, Ge(0), Le(1)]
+Positive = Annotated[StrictFloat, Gt(0)]
 
 
 Source = Annotated[
@@ -39,40 +43,46 @@ Source = Annotated[
 ]
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class OtherDataConfig:
     """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
 
-    source: Annotated[Source | None, Help(none="the data of the run")] = None
-    path: Annotated[str | None, Help("the file: raw, .gz, .xz, .bz2 or .zip, detected from its content")] = None
-    dir: Annotated[str | None, Help("folder of enwik8, which is downloaded to it if necessary", none="data/")] = None
+    source: Annotated[Source | None, Help("null: the data of the run")] = None
+    path: Annotated[StrictStr | None, Help("the file: raw, .gz, .xz, .bz2 or .zip, detected from its content")] = None
+    dir: Annotated[StrictStr | None, Help("folder of enwik8, which is downloaded to it if necessary; null: data/")] = (
+        None
+    )
     fallback: Annotated[
         Literal["stdlib"] | None,
-        Help("what to use if enwik8 is absent and cannot be downloaded", none="end with an error"),
+        Help("what to use if enwik8 is absent and cannot be downloaded; null: end with an error"),
     ] = None
-    max_bytes: Annotated[Count | None, Help("use only that many bytes, from the beginning", none="all")] = None
+    max_bytes: Annotated[Count | None, Help("use only that many bytes, from the beginning; null: all")] = None
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class DataConfig(OtherDataConfig):
     """Which bytes: see ``data.load``."""
 
     source: Source = "enwik8"
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, config=CHECKED)
 class ModelConfig(LanguageModelOptions):
     """Keyword arguments of ``LocalTransformer``; by default the model of the original's enwik8 example."""
 
-    num_tokens: Annotated[int, Ge(256), Help("size of the vocabulary, at least one token per value of a byte")] = 256
-    max_seq_len: Annotated[MaxSeqLen, Help("train.seq_len unless given")] = 1024
+    num_tokens: Annotated[
+        StrictInt, Ge(256), Help("size of the vocabulary, at least one token per value of a byte")
+    ] = 256
+    max_seq_len: Annotated[
+        MaxSeqLen, Help("longest sequence that learned absolute positions allow; train.seq_len unless given")
+    ] = 1024
     dim: Dim = 512
     depth: Depth = 6
     local_attn_window_size: WindowSize = 256
     exact_windowsize: ExactWindowSize = True
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class OptimizerConfig:
     """See ``training.optimizer``."""
 
@@ -82,34 +92,36 @@ class OptimizerConfig:
     beta2: Annotated[Decay, Help("decay of the mean of the squared gradients")] = 0.99
     eps: Annotated[Positive, Help("keeps the division by the root of that mean finite")] = 1e-8
     weight_decay: Annotated[
-        float, Ge(0), Help("fraction of a weight that a step removes, times lr; not for norms and embeddings, nor adam")
+        StrictFloat,
+        Ge(0),
+        Help("fraction of a weight that a step removes, times lr; not for norms and embeddings, nor adam"),
     ] = 0.1
     ngram_lr: Annotated[Positive, Help("peak learning rate of n-grams' embeddings, by Adagrad")] = 0.1
     muon_lr: Annotated[Positive, Help("peak learning rate of the matrices within layers, with muon")] = 0.02
     momentum: Annotated[Decay, Help("decay of the sum of their gradients, with muon")] = 0.95
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class ScheduleConfig:
     """See ``training.schedule``."""
 
     name: Annotated[Literal["constant", "cosine", "wsd"], Help("set by schedule=; wsd: warm-up, stable, decay")] = (
         "cosine"
     )
-    warmup_steps: Annotated[int, Ge(0), Help("steps in which the learning rate rises linearly to its peak")] = 100
+    warmup_steps: Annotated[StrictInt, Ge(0), Help("steps in which the learning rate rises linearly to its peak")] = 100
     decay_fraction: Annotated[Fraction, Help("fraction of the run, at its end, in which it decays")] = 1.0
     final_fraction: Annotated[Fraction, Help("learning rate at the end, as a fraction of the peak")] = 0.1
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class TrainConfig:
     """Sizes, length and events of a run; the events in optimizer steps."""
 
     seq_len: Annotated[Count, Help("bytes per sequence, besides the one it is shifted by")] = 1024
     batch_size: Annotated[Count, Help("sequences per micro-batch of each process")] = 4
     grad_accum_every: Annotated[Count, Help("micro-batches per step")] = 4
-    max_steps: Annotated[Count | None, Help("the run ends after that many steps", none="no limit")] = 10000
-    max_minutes: Annotated[Positive | None, Help("or after that many minutes of training", none="no limit")] = None
+    max_steps: Annotated[Count | None, Help("the run ends after that many steps; null: no limit")] = 10000
+    max_minutes: Annotated[Positive | None, Help("or after that many minutes of training; null: no limit")] = None
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
@@ -121,10 +133,10 @@ class TrainConfig:
     keep_last: Annotated[Count, Help("newest checkpoints to keep, besides the best")] = 2
     generate_every: Annotated[Count, Help("steps from one sample to the next")] = 500
     generate_length: Annotated[Count, Help("bytes per sample")] = 256
-    profile: Annotated[bool, Help("write the operators' times of a few steps to profile.csv")] = False
+    profile: Annotated[StrictBool, Help("write the operators' times of a few steps to profile.csv")] = False
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class DeviceConfig:
     """Where MindSpore runs."""
 
@@ -132,7 +144,7 @@ class DeviceConfig:
 
 
 @keys_for("train")
-@dataclass
+@dataclass(config=CHECKED)
 class RunConfig:
     """A whole run."""
 
@@ -145,28 +157,31 @@ class RunConfig:
     parallel: Annotated[
         Literal["none", "data"], Help("data: one of the processes that msrun or scripts/launch.sh started")
     ] = "none"
-    run_dir: Annotated[str | None, Help("where the run writes", none="runs/<experiment>/<time>")] = None
+    run_dir: Annotated[StrictStr | None, Help("where the run writes; null: runs/<experiment>/<time>")] = None
     resume: Annotated[
-        str | None,
-        Help("auto: continue the run in run_dir, if any; or a run directory or checkpoint", none="refuse to continue"),
+        StrictStr | None,
+        Help("auto: continue the run in run_dir, if any; or a run directory or checkpoint; null: refuse to continue"),
     ] = "auto"
     seed: Annotated[Seed, Help("of the weights, the order of sequences and the samples")] = 0
 
 
 @keys_for("generate")
-@dataclass
+@dataclass(config=CHECKED)
 class GenerateConfig:
     """What ``generate.py`` samples."""
 
     run: Run = None
-    checkpoint: Annotated[str, Help("best, last or a checkpoint file")] = "best"
-    prompt: Annotated[str, Help("text to continue; empty: a newline")] = ""
-    prompt_file: Annotated[str | None, Help("a file to continue instead; -: standard input")] = None
-    length: Annotated[int, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
-    temperature: Annotated[float, Ge(0), Help("divides the logits; 0: always the likeliest byte")] = 0.8
-    top_k: Annotated[Count | None, Help("sample among that many of the likeliest bytes", none="all")] = None
+    checkpoint: Annotated[StrictStr, Help("best, last or a checkpoint file")] = "best"
+    prompt: Annotated[StrictStr, Help("text to continue; empty: a newline")] = ""
+    prompt_file: Annotated[StrictStr | None, Help("a file to continue instead; -: standard input")] = None
+    length: Annotated[StrictInt, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
+    temperature: Annotated[StrictFloat, Ge(0), Help("divides the logits; 0: always the likeliest byte")] = 0.8
+    top_k: Annotated[Count | None, Help("sample among that many of the likeliest bytes; null: all")] = None
     top_p: Annotated[
-        float | None, Gt(0), Le(1), Help("sample among the likeliest bytes of this total probability", none="all")
+        StrictFloat | None,
+        Gt(0),
+        Le(1),
+        Help("sample among the likeliest bytes of this total probability; null: all"),
     ] = 0.95
     num_samples: Annotated[Count, Help("continuations")] = 1
     seed: Annotated[Seed, Help("the same seed, prompt and checkpoint give the same bytes")] = 0
@@ -174,32 +189,33 @@ class GenerateConfig:
 
 
 @keys_for("evaluate")
-@dataclass
+@dataclass(config=CHECKED)
 class EvaluateConfig:
     """What ``scripts/evaluate.py`` scores. None in ``data``: as in the run."""
 
     run: Run = None
     checkpoint: Checkpoint = "best"
     split: Annotated[Literal["train", "val", "test"], Help("which part of the data")] = "test"
-    seq_len: Annotated[Count | None, Help("bytes that the model sees at once", none="train.seq_len of the run")] = None
+    seq_len: Annotated[Count | None, Help("bytes that the model sees at once; null: train.seq_len of the run")] = None
     stride: Annotated[
-        Count | None, Help("bytes from one sequence to the next, at most seq_len", none="seq_len, so that none overlap")
+        Count | None,
+        Help("bytes from one sequence to the next, at most seq_len; null: seq_len, so that none overlap"),
     ] = None
     batch_size: Annotated[
-        Count | None, Help("sequences that the model sees at once", none="train.batch_size of the run")
+        Count | None, Help("sequences that the model sees at once; null: train.batch_size of the run")
     ] = None
     data: OtherDataConfig = field(default_factory=OtherDataConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @keys_for("score")
-@dataclass
+@dataclass(config=CHECKED)
 class ScoreConfig:
     """What ``scripts/score.py`` scores."""
 
     run: Run = None
     checkpoint: Checkpoint = "best"
-    file: Annotated[str | None, Help("the text to score; -: standard input")] = None
+    file: Annotated[StrictStr | None, Help("the text to score; -: standard input")] = None
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -232,8 +248,9 @@ def check_model(model: ModelConfig) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     try:
         attention = LocalTransformerOptions(**as_dict(model)).mha().attention()
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from None
+    except ValidationError as error:
+        name, expected, value = first_problem(error)
+        raise UsageError(f"model.{name}={value}: expected {expected}" if name else f"model: {expected}") from None
     if model.use_xpos and not attention.use_rotary_pos_emb:
         raise UsageError(
             "model.use_xpos=true is for rotary embeddings, which model.use_rotary_pos_emb=false and "

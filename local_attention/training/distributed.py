@@ -1,30 +1,40 @@
-"""The processes that train one model together: MindSpore's data parallelism, started by ``msrun``."""
+"""Data parallelism: several processes, started by ``msrun``, train one model together."""
+
+from __future__ import annotations
 
 import hashlib
 import logging
 import os
 import pickle
 import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import communication, nn, ops
 
+from local_attention.training.config import RunConfig
 from local_attention.training.errors import RunError, UsageError
 from local_attention.training.keys import as_dict, flat
 
-# Seconds that a worker on a CPU waits for another one, which may be writing a checkpoint or have died: MindSpore's own
-# 30 are short for a slow disk, and a minute is what a person waits for an error.
-PATIENCE = "45"
+if TYPE_CHECKING:
+    from data import Corpus
+
+# Seconds that a process on a CPU waits for another one in a collective operation. MindSpore's default of 30 s is short
+# if the other one writes a checkpoint to a slow disk. If it has died, this is how long the user waits for the error.
+COLLECTIVE_TIMEOUT_S = "45"
+
+T = TypeVar("T")
 
 log = logging.getLogger("train")
 
 
 class Collective(nn.Cell):
-    """A communication primitive as a graph: on a CPU most of them do not work eagerly."""
+    """A communication primitive as a graph, as most of them do not run eagerly on CPUs."""
 
-    def __init__(self, primitive):
+    def __init__(self, primitive: ops.Primitive) -> None:
         super().__init__()
         self.primitive = primitive
 
@@ -37,146 +47,163 @@ class Broadcast(Collective):
         return self.primitive((x,))[0]
 
 
+def identity(x: ms.Tensor) -> ms.Tensor:
+    return x
+
+
 class Distributed:
-    """Which of how many this process is, and what it asks of the others; all must ask the same, in the same order.
+    """The processes that train together, and the communication between them.
+
+    Methods that communicate must be called by all processes, in the same order.
 
     Args:
-        rank: 0 … count - 1; the worker of rank 0 leads: it alone writes the run.
-        count: how many there are.
-        all_gather: ``(n,) -> (count * n,)`` int32, the arrays of all; for several workers.
-        broadcast: ``(n,) -> (n,)`` int32, that of rank 0; for several workers.
+        rank: 0 … world_size - 1. The process of rank 0 is the main process, which alone writes to the run directory.
+        world_size: the number of processes.
+        all_gather: ``(n,) -> (world_size * n,)`` int32, concatenates the arrays of all processes.
+        broadcast: ``(n,) -> (n,)`` int32, returns the array of rank 0.
     """
 
-    def __init__(self, rank=0, count=1, all_gather=None, broadcast=None):
-        self.rank, self.count, self.all_gather, self.broadcast = rank, count, all_gather, broadcast
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        all_gather: Callable[[ms.Tensor], ms.Tensor] = identity,
+        broadcast: Callable[[ms.Tensor], ms.Tensor] = identity,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._all_gather, self._broadcast = all_gather, broadcast
 
     @property
-    def leads(self):
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, array):
-        """The arrays of all workers, alike in shape and dtype, in the order of ranks: ``(count, *array.shape)``."""
+    def set_seed(self, seed: int) -> None:
+        """Seed MindSpore. Each process gets another seed, so that dropout differs; weights are broadcast later."""
+        ms.set_seed((seed + self.rank) % 2**32)
+
+    def all_gather(self, array: np.ndarray) -> np.ndarray:
+        """Stack the arrays of all processes, which have one shape and dtype: ``(world_size, *array.shape)``."""
         array = np.ascontiguousarray(array)
-        if self.count == 1:
+        if self.world_size == 1:
             return array[None]
-        bits = ask(self.all_gather, as_bits(array)).reshape(self.count, -1)
+        bits = run_collective(self._all_gather, as_bits(array)).reshape(self.world_size, -1)
         return np.stack([from_bits(row, array) for row in bits])
 
-    def share(self, make):
-        """What ``make()`` returns on rank 0, which alone calls it."""
-        if self.count == 1:
+    def broadcast_object(self, make: Callable[[], T]) -> T:
+        """Return the result of ``make()`` of the main process to all processes; the others do not call ``make``."""
+        if self.world_size == 1:
             return make()
-        pickled = np.frombuffer(pickle.dumps(make()) if self.leads else b"", np.uint8)
-        size = int(ask(self.broadcast, np.array([pickled.size], np.int32))[0])
-        pickled = pickled if self.leads else np.zeros(size, np.uint8)
-        return pickle.loads(from_bits(ask(self.broadcast, as_bits(pickled)), pickled).tobytes())
+        pickled = np.frombuffer(pickle.dumps(make()) if self.is_main else b"", np.uint8)
+        size = int(run_collective(self._broadcast, np.array([pickled.size], np.int32))[0])
+        pickled = pickled if self.is_main else np.zeros(size, np.uint8)
+        return pickle.loads(from_bits(run_collective(self._broadcast, as_bits(pickled)), pickled).tobytes())
 
-    def share_parameters(self, parameters):
-        """Let all parameters have the values that they have on rank 0."""
-        if self.count == 1:
+    def broadcast_parameters(self, parameters: Iterable[ms.Parameter]) -> None:
+        """Set the parameters of all processes to the values of the main process."""
+        if self.world_size == 1:
             return
         for parameter in parameters:
             value = parameter.asnumpy()
-            parameter.set_data(ms.Tensor(from_bits(ask(self.broadcast, as_bits(value)), value)))
+            parameter.set_data(ms.Tensor(from_bits(run_collective(self._broadcast, as_bits(value)), value)))
 
-    def require_same_weights(self, parameters):
-        """Raise :class:`RunError` unless the parameters of all workers are identical to the bit."""
-        if self.count == 1:
+    def require_same_weights(self, parameters: Iterable[ms.Parameter]) -> None:
+        """Raise :class:`RunError` unless the parameters of all processes are identical to the bit."""
+        if self.world_size == 1:
             return
         digest = hashlib.sha256()
         for parameter in parameters:
-            digest.update(np.ascontiguousarray(parameter.asnumpy()))
+            digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
         log.debug(f"weights {digest.hexdigest()}")
-        everybody = self.gather(np.frombuffer(digest.digest(), np.uint8))
-        for rank, other in enumerate(everybody):
-            if (other != everybody[0]).any():
+        digests = self.all_gather(np.frombuffer(digest.digest(), np.uint8))
+        for rank, other in enumerate(digests):
+            if (other != digests[0]).any():
                 raise RunError(
-                    f"the weights of worker {rank} differ from those of worker 0: do all run the same program?"
+                    f"the weights of worker {rank} differ from those of worker 0: do all workers run the same program?"
                 )
 
-    def wait_for_all(self):
-        """Return when all workers have come here."""
-        self.gather(np.zeros(1, np.int32))
+    def barrier(self) -> None:
+        """Wait until all processes have called this method."""
+        self.all_gather(np.zeros(1, np.int32))
 
-    def require_same(self, config, corpus):
-        """Refuse to train together with other settings or bytes than rank 0's.
+    def require_same_config(self, config: RunConfig, corpus: Corpus) -> None:
+        """Check that all processes have the config and the data of the main process.
 
-        Args:
-            config: a ``RunConfig``.
-            corpus: a ``Corpus``.
+        Paths may differ, as machines may store the data in different places.
 
         Raises:
-            UsageError: naming the first setting and both values.
+            UsageError: naming the first setting that differs, and both values.
         """
         own = flat({**as_dict(config), "data": {**as_dict(config.data), "fingerprint": corpus.fingerprint}})
-        leader = self.share(lambda: own)
+        main = self.broadcast_object(lambda: own)
         for key, value in own.items():
-            # Each machine may keep its bytes elsewhere.
-            if value != (led := leader[key]) and key not in ("data.path", "data.dir", "run_dir"):
-                raise UsageError(f"worker {self.rank} has {key}={value}, worker 0 {led}: give both the same")
+            if value != main[key] and key not in ("data.path", "data.dir", "run_dir"):
+                raise UsageError(
+                    f"worker {self.rank} has {key}={value}, worker 0 has {main[key]}: use the same value for both"
+                )
 
 
 SINGLE_PROCESS = Distributed()
 
 
-def as_bits(array):
-    """An array as int32, which every backend carries; what is missing for the last one is filled up."""
+def as_bits(array: np.ndarray) -> np.ndarray:
+    """Reinterpret an array as int32, which all backends can send; the last element is padded with zeros."""
     data = array.tobytes()
     return np.frombuffer(data + bytes(-len(data) % 4), np.int32)
 
 
-def from_bits(bits, like):
-    """The inverse of :func:`as_bits`, for an array of the dtype and shape of ``like``."""
+def from_bits(bits: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`as_bits` for an array with the dtype and shape of ``like``."""
     return np.frombuffer(bits.tobytes()[: like.nbytes], like.dtype).reshape(like.shape)
 
 
-def ask(collective, array):
+def run_collective(collective: Callable[[ms.Tensor], ms.Tensor], array: np.ndarray) -> np.ndarray:
     with explain_lost_worker():
         return collective(ms.Tensor(array)).asnumpy()
 
 
 @contextmanager
-def explain_lost_worker():
-    """Say in one line, a :class:`RunError`, that another worker was lost, where a communication within fails."""
+def explain_lost_worker() -> Iterator[None]:
+    """Replace the error of a failed communication by a :class:`RunError` that says that another worker was lost."""
     try:
         yield
     except RuntimeError as error:
         if not re.search("AllReduce|AllGather|Broadcast", str(error)):
             raise
         raise RunError(
-            f"another worker was lost, or let this one wait for more than {os.environ['MS_CPU_COMM_OP_TIMEOUT']} s "
-            "(MS_CPU_COMM_OP_TIMEOUT); the scheduler's log says which; the same command continues the run"
+            "another worker was lost, or this one has waited for it for more than "
+            f"{os.environ['MS_CPU_COMM_OP_TIMEOUT']} s (MS_CPU_COMM_OP_TIMEOUT); the scheduler's log names the "
+            "worker; use the same command to continue the run"
         ) from error
 
 
-def join_processes(parallel):
-    """Become one of the workers that ``msrun`` started, where ``parallel`` is "data"; alone where it is "none".
+def init_distributed(parallel: str) -> Distributed:
+    """Join the other processes that ``msrun`` started if ``parallel`` is "data"; a single process if it is "none".
 
-    To be called after the device was chosen and before any Cell that communicates is made. It returns once all workers
-    are there. The scheduler, which ``msrun`` starts besides, stays in here until the others have ended.
+    Must be called after the device was set and before any Cell that communicates is created. Returns once all workers
+    have joined. In the scheduler, an additional process that ``msrun`` starts, it returns when the workers have ended.
 
     Raises:
-        UsageError: where ``msrun`` did or did not start this process, against what ``parallel`` says.
-        RunError: where not all workers come, or, on the scheduler, where one of them was lost.
+        UsageError: ``parallel`` is "data" in a process that ``msrun`` did not start, or "none" in one that it did.
+        RunError: not all workers have joined, or, in the scheduler, a worker was lost.
     """
-    started = "MS_ROLE" in os.environ
+    started_by_msrun = "MS_ROLE" in os.environ
     if parallel == "none":
-        if started:
+        if started_by_msrun:
             raise UsageError("parallel=none: expected parallel=data in a process that msrun started")
         return SINGLE_PROCESS
-    if not started:
+    if not started_by_msrun:
         raise UsageError(
             "parallel=data: expected to be started by msrun, as scripts/launch.sh 2 … does; see docs/distributed.md"
         )
-    os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", PATIENCE)
+    os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", COLLECTIVE_TIMEOUT_S)
     try:
         communication.init()
     except RuntimeError as error:
         lost = re.search(r"worker (\d+) is the first one timed out", str(error))
-        what = f"worker {lost[1]} was lost" if lost else f"the workers did not come together: {error}"
+        what = f"worker {lost[1]} was lost" if lost else f"not all workers have joined: {error}"
         raise RunError(what) from None
     ms.set_auto_parallel_context(parallel_mode=ms.ParallelMode.DATA_PARALLEL, gradients_mean=True)
     collectives = Collective(ops.AllGather()), Broadcast(ops.Broadcast(0))
-    workers = Distributed(communication.get_rank(), communication.get_group_size(), *collectives)
-    log.info(f"worker {workers.rank} of {workers.count}: process {os.getpid()}")
-    return workers
+    distributed = Distributed(communication.get_rank(), communication.get_group_size(), *collectives)
+    log.info(f"worker {distributed.rank} of {distributed.world_size}: process {os.getpid()}")
+    return distributed

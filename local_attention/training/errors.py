@@ -1,20 +1,20 @@
-"""Errors for the person at the keyboard: their text is one line that says what was expected, what came, what to do.
+"""Errors that the user can act on. The message is one line: what was expected, what was found, what to do.
 
-Any exception with an ``exit_status`` is one: ``training.command`` prints it without a traceback, and exits so.
+``training.command`` prints any exception with an ``exit_status`` without a traceback and exits with that status.
 """
 
 
 class RunError(Exception):
-    """Something failed that nobody mistyped."""
+    """A failure that is not a usage error."""
 
     exit_status = 1
 
 
 class UsageError(ValueError):
-    """A wrong key, type, value or file name."""
+    """An invalid key, type, value or file name."""
 
     exit_status = 2
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that is missing, damaged or of another model."""
+    """A checkpoint that is missing, corrupt or of another model."""

@@ -1,19 +1,25 @@
-"""Bits per byte over a whole split, each byte scored exactly once."""
+"""Evaluation in bits per byte, scoring each byte of a span exactly once."""
+
+from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from local_attention.training.distributed import SINGLE_PROCESS
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed
+
+if TYPE_CHECKING:
+    from data import Corpus
 
 
 class TokenLosses(nn.Cell):
-    """``inputs, labels: (b, n)`` to the cross-entropy of each label in nats, ``(b, n)``."""
+    """The cross-entropy of each label in nats: ``inputs, labels: (b, n)`` to ``(b, n)``."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
         self.model = model
 
@@ -21,85 +27,114 @@ class TokenLosses(nn.Cell):
         return self.model.token_losses(inputs, labels.reshape(-1)).reshape(labels.shape)
 
 
-@dataclass(frozen=True)
-class Score:
-    """The outcome of an evaluation."""
+class Score(NamedTuple):
+    """The result of an evaluation."""
 
     bpb: float
     bytes_scored: int
 
 
-def windows(first, stop, seq_len, stride):
-    """``(start, first scored, stop)`` of each window's labels, so that each of ``first … stop - 1`` is scored once.
+class EvalSpan(NamedTuple):
+    """The bytes ``data[start:stop]``, to be scored; those before ``start`` are context for the first one."""
 
-    The first window scores all its ``seq_len`` labels, each further one its last ``stride``; ``stride = seq_len`` gives
-    disjoint windows, a smaller one gives every label at least ``seq_len - stride`` bytes of context.
+    data: np.ndarray
+    start: int
+    stop: int
+
+
+def eval_span(corpus: Corpus, split: str, max_bytes: int | None = None) -> EvalSpan:
+    """Return the first ``max_bytes`` bytes of a split, or all of it."""
+    start, stop = corpus.bounds(split)
+    return EvalSpan(corpus.bytes, start, stop if max_bytes is None else min(stop, start + max_bytes))
+
+
+class Window(NamedTuple):
+    """The labels ``start … stop - 1``, which one row of a batch predicts; those before ``first_scored`` are context."""
+
+    start: int
+    first_scored: int
+    stop: int
+
+
+def windows(first: int, stop: int, seq_len: int, stride: int) -> Iterator[Window]:
+    """Yield windows that together score each of the labels ``first … stop - 1`` once.
+
+    The first window scores all its ``seq_len`` labels, each further one its last ``stride``. With ``stride = seq_len``
+    the windows are disjoint; with a smaller stride, each label has at least ``seq_len - stride`` bytes of context.
     """
     start, scored = first, first
     while scored < stop:
-        yield start, scored, min(start + seq_len, stop)
+        yield Window(start, scored, min(start + seq_len, stop))
         scored = start + seq_len
         start += stride
 
 
 class Evaluator:
-    """Scores stretches of a byte array with a model, one compiled graph for all of them.
+    """Scores spans of a byte array with a model. All spans use the same compiled graph.
 
     Args:
         model: a ``LocalTransformer``.
-        seq_len: labels a window.
-        batch_size: windows a call of the model.
-        workers: who share the work; all must call.
+        seq_len: number of labels per window.
+        batch_size: number of windows per call of the model.
+        distributed: the processes that divide the work; all of them must call the evaluator.
     """
 
-    def __init__(self, model, seq_len, batch_size, workers=SINGLE_PROCESS):
+    def __init__(
+        self, model: nn.Cell, seq_len: int, batch_size: int, distributed: Distributed = SINGLE_PROCESS
+    ) -> None:
         self.model, self.seq_len, self.batch_size = model, seq_len, batch_size
-        self.workers = workers
+        self.distributed = distributed
         self.token_losses = TokenLosses(model)
 
-    def __call__(self, data, start, stop, stride=None, progress=iter):
+    def __call__(
+        self,
+        data: np.ndarray,
+        start: int,
+        stop: int,
+        stride: int | None = None,
+        progress: Callable[[list[list[Window]]], Iterable[list[Window]]] = iter,
+    ) -> Score:
         """Score ``data[start:stop]``.
 
-        The first byte is predicted from the byte before it, so that it counts, too; at the beginning of the data from
-        a newline.
+        The first byte is predicted from the byte before it, or from a newline at the beginning of the data.
 
         Args:
-            data: ``(bytes,)`` uint8.
-            start, stop: the stretch.
-            stride: bytes from one window to the next, 1 … seq_len; ``seq_len`` unless given.
-            progress: wraps the list of batches, as ``tqdm`` does.
+            data: ``(n,)`` uint8.
+            start, stop: the span.
+            stride: bytes from one window to the next, 1 … seq_len; by default ``seq_len``.
+            progress: wraps the list of batches, like ``tqdm``.
 
         Returns:
-            A :class:`Score`; the sum over batches is exact, so that it does not depend on the number of workers.
+            A :class:`Score`. The sum over batches is exact, so the score does not depend on the world size.
 
         Raises:
-            ValueError: for an empty stretch or a stride out of range.
+            ValueError: the span is empty, or the stride is out of range.
         """
         stride = self.seq_len if stride is None else stride
         if stop <= start or not 1 <= stride <= self.seq_len:
             expected = f"expected start < stop and a stride of 1 … {self.seq_len}"
             raise ValueError(f"{expected}, got {start}, {stop} and {stride}")
-        before = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
-        span = np.concatenate([before, data[start:stop]]).astype(np.int32)
-        todo = list(windows(0, stop - start, self.seq_len, stride))
-        batches = [todo[i : i + self.batch_size] for i in range(0, len(todo), self.batch_size)]
-        rank, count = self.workers.rank, self.workers.count
-        sums = np.zeros((math.ceil(len(batches) / count), 2))  # nats and bytes of the batches of this worker
+        previous = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
+        tokens = np.concatenate([previous, data[start:stop]]).astype(np.int32)
+        rows = list(windows(0, stop - start, self.seq_len, stride))
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        rank, world_size = self.distributed.rank, self.distributed.world_size
+        sums = np.zeros((math.ceil(len(batches) / world_size), 2))  # nats and bytes of each batch of this process
         was_training = self.model.training
         self.model.set_train(False)
-        for i, batch in enumerate(progress(batches[rank::count])):
-            sums[i] = self.score_batch(span, batch)
+        for i, batch in enumerate(progress(batches[rank::world_size])):
+            sums[i] = self.score_batch(tokens, batch)
         self.model.set_train(was_training)
-        nats, scored = (math.fsum(column) for column in self.workers.gather(sums).reshape(-1, 2).T)
+        nats, scored = (math.fsum(column) for column in self.distributed.all_gather(sums).reshape(-1, 2).T)
         return Score(nats / scored / math.log(2), int(scored))
 
-    def score_batch(self, span, batch):
-        """Sum of nats and number of bytes; windows that are short or missing are filled up and left out of both."""
+    def score_batch(self, tokens: np.ndarray, batch: list[Window]) -> tuple[float, int]:
+        """Return the sum of the losses in nats and the number of scored bytes. Padding counts for neither."""
         inputs = np.zeros((self.batch_size, self.seq_len), np.int32)
-        labels, counted = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
-        for row, (start, first, stop) in enumerate(batch):
-            inputs[row, : stop - start] = span[start:stop]
-            labels[row, : stop - start] = span[start + 1 : stop + 1]
-            counted[row, first - start : stop - start] = True
+        labels, is_scored = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
+        for row, (start, first_scored, stop) in enumerate(batch):
+            inputs[row, : stop - start] = tokens[start:stop]
+            labels[row, : stop - start] = tokens[start + 1 : stop + 1]
+            is_scored[row, first_scored - start : stop - start] = True
         losses = self.token_losses(ms.Tensor(inputs), ms.Tensor(labels)).asnumpy()
-        return losses[counted].astype(np.float64).sum(), int(counted.sum())
+        return losses[is_scored].astype(np.float64).sum(), int(is_scored.sum())

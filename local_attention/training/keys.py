@@ -1,16 +1,16 @@
-"""From dataclasses that declare keys to what Hydra composes and back, checked: see ``local_attention.options``."""
+"""From dataclasses that declare keys to what Hydra composes, and back, checked by Pydantic."""
 
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
 
-from local_attention.options import Option, options_of
+from local_attention.options import first_problem
 from local_attention.training.errors import UsageError
 
 Config = TypeVar("Config")
@@ -27,10 +27,23 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def shown(value: Any) -> str:
+    """A value as on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def keys_for(command: str) -> Callable[[type[Config]], type[Config]]:
     """Decorate a dataclass: its keys and defaults are what ``{command}_keys`` stands for in ``configs/{command}.yaml``.
 
-    A YAML file then holds only what differs. Plain values, as their types are checked by :func:`parse`.
+    A YAML file then holds only choices.
     """
 
     def decorate(schema: type[Config]) -> type[Config]:
@@ -44,62 +57,85 @@ def parse(schema: type[Config], config: DictConfig | Mapping[str, Any]) -> Confi
     """An instance of the dataclass ``schema``, its values taken from ``config``; what that lacks has its default.
 
     Raises:
-        UsageError: for a key that there is not, and for a value of another type or out of range.
+        UsageError: for an unknown key, and for a value of another type or out of range.
     """
-
-    def parse_group(group: type, tree: Any, path: str) -> Any:
-        if not isinstance(tree, Mapping):
-            raise UsageError(f"{path}={shown(tree)}: expected {path}.KEY=VALUE")
-        prefix, declared, values = f"{path}." if path else "", options_of(group), {}
-        for key in tree:
-            if key not in declared:
-                raise UsageError(unknown_key(f"{prefix}{key}", schema))
-        given = set(tree)
-        for key in (key for key in declared if key in given):  # in this order, as a value may refer to an earlier one
-            option, value = declared[key], tree[key]
-            if subgroup := group_of(option):
-                value = parse_group(subgroup, value, prefix + key)
-            elif option.problem(value):
-                raise UsageError(f"{prefix}{key}={shown(value)}: expected {option.expected('null')}")
-            values[key] = float(value) if float in option.kinds and isinstance(value, int) else value
-        return group(**values)
-
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        group = config.get(field.name, {})
+        if isinstance(field.default_factory, type) and not isinstance(group, Mapping):
+            raise UsageError(f"{field.name}={shown(group)}: expected {field.name}.KEY=VALUE")
     try:
-        return parse_group(schema, config, "")
-    except OmegaConfBaseException as error:  # a reference to another key that leads nowhere
+        is_node = OmegaConf.is_config(config)
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True) if is_node else config
+        return TypeAdapter(schema).validate_python(tree)
+    except OmegaConfBaseException as error:  # a value is missing, or refers to another key that does not exist
         raise UsageError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-
-
-def shown(value: Any) -> str:
-    """A value as on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def group_of(option: Option) -> type | None:
-    """The dataclass of a group of keys; None for a single key."""
-    (kind, *_) = option.kinds
-    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+    except ValidationError as error:
+        key, expected, value = first_problem(error)
+        if not key:
+            raise UsageError(expected) from None
+        if error.errors()[0]["type"] == "unexpected_keyword_argument":
+            raise UsageError(unknown_key(key, schema)) from None
+        raise UsageError(f"{key}={shown(value)}: expected {keys_of(schema)[key].expected}") from None
 
 
 def unknown_key(key: str, schema: type) -> str:
     """What to say of a ``key`` that the dataclass ``schema`` does not have."""
-    known = [*keys_of(schema), *(name for name, option in options_of(schema).items() if group_of(option))]
+    keys = keys_of(schema)
+    known = [*keys, *dict.fromkeys(name.split(".")[0] for name in keys if "." in name)]
     similar = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     return f"{key}: no such key" + (f"; did you mean {similar[0]}?" if similar else "; --help lists them")
 
 
-def keys_of(schema: type, prefix: str = "") -> dict[str, Option]:
-    """The dotted keys of a tree of dataclasses, and their declarations."""
-    keys: dict[str, Option] = {}
-    for name, option in options_of(schema).items():
-        group = group_of(option)
-        keys |= keys_of(group, f"{prefix}{name}.") if group else {prefix + name: option}
+class Key(NamedTuple):
+    """What a person may read about a key or an option."""
+
+    default: Any  # dataclasses.MISSING if a value must be given
+    kind: str  # a type of JSON Schema: "integer", "number", "boolean", "string", …
+    names: str  # the allowed texts, such as "adam, adamw, muon"; empty: any
+    bounds: str  # such as ">= 0 and < 1"; empty: none
+    optional: bool  # whether it may be null
+    help: str
+
+    @property
+    def allowed(self) -> str:
+        return self.names or self.bounds
+
+    @property
+    def expected(self) -> str:
+        """Such as ``"a number >= 0 and < 1, or null"``."""
+        kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+        what = f"one of {self.names}" if self.names else f"{kinds.get(self.kind, self.kind)} {self.bounds}".strip()
+        return f"{what}, or null" if self.optional else what
+
+
+def keys_of(schema: type) -> dict[str, Key]:
+    """The dotted keys of a tree of dataclasses, and what they mean."""
+    described = TypeAdapter(schema).json_schema()
+    return _keys_in(schema, described, described.get("$defs", {}), "")
+
+
+def _keys_in(schema: type, described: dict[str, Any], groups: dict[str, Any], prefix: str) -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    for field in dataclasses.fields(schema):
+        entry = described["properties"][field.name]
+        group = field.default_factory
+        if isinstance(group, type):
+            keys |= _keys_in(group, groups[group.__name__], groups, f"{prefix}{field.name}.")
+            continue
+        kinds = entry.get("anyOf", [entry])
+        kind = next(kind for kind in kinds if kind.get("type") != "null")
+        names = ", ".join(kind.get("enum", [kind["const"]] if "const" in kind else []))
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+        bounds = " and ".join(f"{sign} {kind[bound]}" for bound, sign in signs.items() if bound in kind)
+        help = entry.get("description") or kind.get("description", "")
+        keys[prefix + field.name] = Key(field.default, kind.get("type", "any"), names, bounds, len(kinds) > 1, help)
     return keys
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
+def markdown_table(schema: type) -> str:
+    """The options of a dataclass as a table for the documentation."""
+    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for name, key in keys_of(schema).items():
+        default = "" if key.default is dataclasses.MISSING else f"`{key.default!r}`"
+        rows.append(f"| `{name}` | {default} | {key.help}{f' ({key.allowed})' * bool(key.allowed)} |")
+    return "\n".join(rows) + "\n"

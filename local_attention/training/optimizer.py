@@ -1,32 +1,38 @@
-"""The optimizers that a config may name."""
+"""Optimizers: Adam, AdamW, Muon, and Adagrad for the rows of n-gram tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.layers import tree_map
+from local_attention.training.config import OptimizerConfig
 
 
 def sum_of_squares(tensor):
-    """() float32, as a product of a row with itself: 9 ms a step of Muon instead of 17 for sums over all axes."""
+    """Return the sum of squares, () float32. A dot product takes 9 ms per step of Muon, a sum over all axes 17 ms."""
     row = tensor.reshape((1, -1))
     return ops.matmul(row, row.reshape((-1, 1))).reshape(())
 
 
-def is_decayed(parameter):
-    """Whether weight decay applies: to matrices of linear layers, not to norms, biases and embeddings."""
+def is_decayed(parameter: Parameter) -> bool:
+    """Whether weight decay applies: to the matrices of linear layers, not to norms, biases and embeddings."""
     return parameter.ndim == 2 and min(parameter.shape) > 1 and "embedding_table" not in parameter.name
 
 
-def is_hidden_matrix(parameter):
-    """Whether a parameter of a model is a matrix within its layers, which :class:`Muon` orthogonalises."""
+def is_hidden_matrix(parameter: Parameter) -> bool:
+    """Whether a parameter is a matrix within the layers of a model, for which :class:`Muon` is used."""
     return parameter.name.startswith("layers.") and parameter.name.endswith(".weight") and min(parameter.shape) > 1
 
 
 apply_adam = ops.Adam()
 
 
-def shrink(factor, weight):
+def apply_decay(factor, weight):
     return ops.assign(weight, weight * factor)
 
 
@@ -34,155 +40,188 @@ def adam_step(beta1_power, beta2_power, rate, beta1, beta2, eps, weight, moment1
     return apply_adam(weight, moment1, moment2, beta1_power, beta2_power, rate, beta1, beta2, eps, gradient)
 
 
-def look_ahead(kept, momentum, total, gradient):
-    """Add to the sum of gradients; where Nesterov's momentum looks, as a matrix of norm 1."""
-    total = ops.depend(total, ops.assign(total, total * kept + gradient))
-    ahead = gradient + total * momentum
-    return ahead * (1 / (ops.sqrt(sum_of_squares(ahead)) + 1e-7))
+def nesterov(decay, momentum, buffer, gradient):
+    """Update the momentum buffer; return the Nesterov update, normalised to a Frobenius norm of 1."""
+    buffer = ops.depend(buffer, ops.assign(buffer, buffer * decay + gradient))
+    update = gradient + buffer * momentum
+    return update * (1 / (ops.sqrt(sum_of_squares(update)) + 1e-7))
 
 
-def move(rate, weight, direction):
-    return ops.assign(weight, weight - direction * rate)
+def apply_update(rate, weight, update):
+    return ops.assign(weight, weight - update * rate)
 
 
 class Adam(nn.Optimizer):
     """Adam (Kingma & Ba 2015, arXiv 1412.6980); with weight decay AdamW (Loshchilov & Hutter 2019, 1711.05101).
 
-    As PyTorch computes them. ``nn.Adam`` leaves ``eps`` out of the bias correction, which moved the loss of the first
-    steps by 1e-3 bits per byte, and ``nn.AdamWeightDecay`` has no bias correction at all.
+    The same formulas as in PyTorch. ``nn.Adam`` applies ``eps`` before the bias correction, which changed the loss of
+    the first steps by 1e-3 bits per byte, and ``nn.AdamWeightDecay`` has no bias correction.
 
     Args:
-        params: parameters; ``parameters`` has them in another order, which is that of the gradients.
+        params: parameters. Gradients must be in the order of the attribute ``parameters``, which is another one.
         learning_rate: initial learning rate.
-        beta1, beta2: decay of the means of gradients and of squared gradients.
-        eps: added to the root of the bias-corrected mean of squared gradients.
-        weight_decay: what :func:`is_decayed` loses this fraction of itself a step, times the learning rate.
-        left_out: tells of a parameter whether a subclass updates it instead.
+        beta1, beta2: decay rates of the moving averages of gradients and of squared gradients.
+        eps: added to the square root of the bias-corrected average of squared gradients.
+        weight_decay: in each step, parameters that satisfy :func:`is_decayed` shrink by the learning rate times this.
+        excluded: whether a parameter is not updated by Adam, but by a subclass.
     """
 
-    def __init__(self, params, learning_rate, beta1, beta2, eps, weight_decay=0.0, left_out=lambda parameter: False):
-        params = sorted(params, key=lambda parameter: (left_out(parameter), not is_decayed(parameter)))
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float = 0.0,
+        excluded: Callable[[Parameter], bool] = lambda parameter: False,
+    ) -> None:
+        params = sorted(params, key=lambda parameter: (excluded(parameter), not is_decayed(parameter)))
         super().__init__(learning_rate, params)
         self.beta1, self.beta2, self.eps, self.decay = beta1, beta2, eps, weight_decay
-        self.own = sum(not left_out(parameter) for parameter in params)
+        self.adam_count = sum(not excluded(parameter) for parameter in params)
         self.moment1 = self.parameters.clone("moment1", init="zeros")
-        self.moment2 = ms.ParameterTuple(params[: self.own]).clone("moment2", init="zeros")
-        self.own_weights, self.own_moment1 = self.parameters[: self.own], self.moment1[: self.own]
+        self.moment2 = ms.ParameterTuple(params[: self.adam_count]).clone("moment2", init="zeros")
+        self.adam_weights = self.parameters[: self.adam_count]
+        self.adam_moment1 = self.moment1[: self.adam_count]
         self.decayed = tuple(parameter for parameter in self.parameters if weight_decay > 0 and is_decayed(parameter))
 
-    def construct(self, gradients, taken):
-        """One step, or none: with ``taken``, a () float32, of 0, and gradients of 0, nothing changes; else it is 1."""
-        ops.assign_add(self.global_step, taken.astype(ms.int32).reshape(1))
+    def construct(self, gradients, is_finite):
+        """Take a step if ``is_finite``, a () float32, is 1. If it is 0, gradients must be 0, and nothing changes."""
+        ops.assign_add(self.global_step, is_finite.astype(ms.int32).reshape(1))
         steps = self.global_step.astype(ms.float32).reshape(())
         beta1_power, beta2_power = ops.pow(self.beta1, steps), ops.pow(self.beta2, steps)
-        # The kernel divides by sqrt(moment2) + eps before it corrects the bias; so corrected, eps is PyTorch's.
+        # The kernel divides by sqrt(moment2) + eps before the bias correction; this makes eps that of PyTorch.
         eps = self.eps * ops.sqrt(1 - beta2_power)
-        rate, beta1, beta2 = self.get_lr() * taken, self.beta1 * taken + (1 - taken), self.beta2 * taken + (1 - taken)
+        rate, beta1 = self.get_lr() * is_finite, self.beta1 * is_finite + (1 - is_finite)
+        beta2 = self.beta2 * is_finite + (1 - is_finite)
         done = ()
         if self.decayed:
-            done = done + (tree_map(ops.partial(shrink, 1 - rate * self.decay), self.decayed),)
-        if self.own > 0:
+            done = done + (tree_map(ops.partial(apply_decay, 1 - rate * self.decay), self.decayed),)
+        if self.adam_count > 0:
             step = ops.partial(adam_step, beta1_power, beta2_power, rate, beta1, beta2, eps)
-            own = self.own_weights, self.own_moment1, self.moment2, gradients[: self.own]
-            done = done + (tree_map(step, *own),)
-        return ops.depend(self.global_step, (done, self.update_left_out(gradients, rate, taken)))
+            operands = self.adam_weights, self.adam_moment1, self.moment2, gradients[: self.adam_count]
+            done = done + (tree_map(step, *operands),)
+        return ops.depend(self.global_step, (done, self.update_excluded(gradients, rate, is_finite)))
 
-    def update_left_out(self, gradients, rate, taken):
-        """A subclass says how."""
+    def update_excluded(self, gradients, rate, is_finite):
+        """Update the excluded parameters; implemented by subclasses."""
         return ()
 
 
 class Muon(Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for hidden matrices, AdamW for everything else.
 
-    A matrix moves along its gradient's momentum, of which five Newton-Schulz steps have made a matrix whose singular
-    values are about 1.
+    The update of a matrix is the momentum of its gradient, orthogonalised by five Newton-Schulz iterations: its
+    singular values become about 1.
 
     Args:
         params, learning_rate, beta1, beta2, eps, weight_decay: see :class:`Adam`.
-        muon_lr: learning rate of the hidden matrices while the other one is ``learning_rate``; they change together.
-        momentum: decay of the gradients' sum.
+        muon_lr: initial learning rate of the hidden matrices. It stays proportional to the learning rate.
+        momentum: decay rate of the momentum buffers.
     """
 
-    def __init__(self, params, learning_rate, beta1, beta2, eps, weight_decay, muon_lr, momentum):
-        params = sorted(params, key=lambda parameter: tuple(parameter.shape))  # those alike side by side
-        super().__init__(params, learning_rate, beta1, beta2, eps, weight_decay, left_out=is_hidden_matrix)
-        self.relative_rate, self.momentum = muon_lr / learning_rate, momentum
-        self.alike = tuple(  # of each shape: where it begins and ends, weights, sums of gradients, rate for its form
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        muon_lr: float,
+        momentum: float,
+    ) -> None:
+        params = sorted(params, key=lambda parameter: tuple(parameter.shape))  # groups equal shapes
+        super().__init__(params, learning_rate, beta1, beta2, eps, weight_decay, excluded=is_hidden_matrix)
+        self.lr_ratio, self.momentum = muon_lr / learning_rate, momentum
+        self.shape_groups = tuple(  # begin, end, weights, momentum buffers, factor for the shape
             (begin, end, self.parameters[begin:end], self.moment1[begin:end], max(1.0, m / n) ** 0.5)
-            for begin, end, (m, n) in runs_of([tuple(parameter.shape) for parameter in self.parameters], self.own)
+            for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
         )
         self.matmul = ops.BatchMatMul()
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
 
-    def update_left_out(self, gradients, rate, taken):
+    def update_excluded(self, gradients, rate, is_finite):
         done = ()
-        kept = self.momentum * taken + (1 - taken)
-        for begin, end, weights, sums, tall in self.alike:
-            directions = tree_map(ops.partial(look_ahead, kept, self.momentum), sums, gradients[begin:end])
-            directions = ops.unstack(self.orthogonalise(ops.stack(directions)))  # by indices, it takes 42 ms of a step
-            done = done + (tree_map(ops.partial(move, rate * (self.relative_rate * tall)), weights, directions),)
+        decay = self.momentum * is_finite + (1 - is_finite)
+        for begin, end, weights, buffers, aspect_ratio in self.shape_groups:
+            updates = tree_map(ops.partial(nesterov, decay, self.momentum), buffers, gradients[begin:end])
+            updates = ops.unstack(self.orthogonalise(ops.stack(updates)))  # indexing would take 42 ms per step
+            step = ops.partial(apply_update, rate * (self.lr_ratio * aspect_ratio))
+            done = done + (tree_map(step, weights, updates),)
         return done
 
     def orthogonalise(self, x):
-        """``x: (k, m, n)``, matrices of norm 1, to ones with singular values of 0.7 to 1.2.
+        """Map ``x: (k, m, n)``, matrices of norm 1, to matrices with singular values of 0.7 to 1.2.
 
-        Those of one shape together: a hundred large products instead of several hundreds of small ones.
+        All matrices of one shape are batched: a hundred large products instead of several hundred small ones.
         """
-        tall = x.shape[1] > x.shape[2]
+        is_tall = x.shape[1] > x.shape[2]
         for _ in range(5):
-            square = self.matmul_tn(x, x) if tall else self.matmul_nt(x, x)
+            square = self.matmul_tn(x, x) if is_tall else self.matmul_nt(x, x)
             polynomial = square * -4.7750 + self.matmul(square, square) * 2.0315
-            x = x * 3.4445 + (self.matmul(x, polynomial) if tall else self.matmul(polynomial, x))
+            x = x * 3.4445 + (self.matmul(x, polynomial) if is_tall else self.matmul(polynomial, x))
         return x
 
 
-def runs_of(items, begin):
-    """``(begin, end, item)`` of each run of equal items from ``begin`` on."""
+class Run(NamedTuple):
+    """Equal items ``begin … end - 1`` of a sequence."""
+
+    begin: int
+    end: int
+    item: tuple[int, ...]
+
+
+def equal_runs(items: Sequence[tuple[int, ...]], begin: int) -> Iterator[Run]:
+    """Yield the maximal runs of equal items from ``begin`` on."""
     while begin < len(items):
         end = next((i for i in range(begin, len(items)) if items[i] != items[begin]), len(items))
-        yield begin, end, items[begin]
+        yield Run(begin, end, items[begin])
         begin = end
 
 
 class RowAdagrad(nn.Cell):
-    """Adagrad (Duchi et al. 2011, JMLR 12) of the rows of a large table that a step needs, one rate for a row.
+    """Adagrad (Duchi et al. 2011, JMLR 12) for those rows of a large table that a step uses, with one rate per row.
 
-    Of a row that occurs several times each occurrence counts as a gradient of its own, for the rate, too. The cost does
-    not depend on the size of the table; of one of 15 million numbers Adam took a fifth of a step.
+    If a row occurs several times, each occurrence contributes a gradient to the row and to its rate. The cost does not
+    depend on the size of the table, while Adam on a table of 15 million numbers took a fifth of a step.
 
     Args:
         table: a Parameter ``(rows, d)``.
-        relative_rate: how many times the optimizer's learning rate.
+        lr_ratio: the learning rate relative to that of the other optimizer.
     """
 
-    def __init__(self, table, relative_rate):
+    def __init__(self, table: Parameter, lr_ratio: float) -> None:
         super().__init__()
         rows, d = table.shape
-        self.table, self.relative_rate = table, relative_rate
+        self.table, self.lr_ratio = table, lr_ratio
         self.squares = Parameter(Tensor(np.zeros((rows, 1), np.float32)), name="squares", requires_grad=False)
-        self.average, self.spread = Tensor(np.full((d, 1), 1 / d, np.float32)), Tensor(np.ones((1, d), np.float32))
+        self.mean_column = Tensor(np.full((d, 1), 1 / d, np.float32))
+        self.ones_row = Tensor(np.ones((1, d), np.float32))
         self.add, self.matmul, self.rsqrt = ops.ScatterAdd(), ops.MatMul(), ops.Rsqrt()
 
-    def construct(self, keys, gradients, rate):
-        """``keys: (k,)`` int32, the rows; ``gradients: (k, d)`` of each occurrence; ``rate: ()``, the optimizer's."""
-        squares = self.add(self.squares, keys, self.matmul(gradients * gradients, self.average))
-        scale = self.rsqrt(ops.gather(squares, keys, 0) + 1e-20)
-        directions = gradients * self.matmul(scale, self.spread)
-        return self.add(self.table, keys, directions * (rate * -self.relative_rate))
+    def construct(self, rows, gradients, rate):
+        """``rows: (k,)`` int32, their indices; ``gradients: (k, d)``; ``rate: ()``, the optimizer's learning rate."""
+        squares = self.add(self.squares, rows, self.matmul(gradients * gradients, self.mean_column))
+        scale = self.rsqrt(ops.gather(squares, rows, 0) + 1e-20)
+        updates = gradients * self.matmul(scale, self.ones_row)
+        return self.add(self.table, rows, updates * (rate * -self.lr_ratio))
 
 
-def build_optimizer(config, params):
-    """The optimizer of an ``OptimizerConfig`` over ``params``; its learning rate is set before each step.
+def build_optimizer(config: OptimizerConfig, params: Iterable[Parameter]) -> Adam:
+    """Build the optimizer that a config describes. Its learning rate must be set before each step.
 
-    The table of a model with n-grams is left to its member ``of_ngrams``, a :class:`RowAdagrad`, else None.
+    Its attribute ``ngram_optimizer`` is a :class:`RowAdagrad` for the n-gram table of the model, or None without one.
     """
+    params = list(params)
     tables = [parameter for parameter in params if parameter.name.endswith("ngram_emb.embedding_table")]
     dense = [parameter for parameter in params if all(parameter is not table for table in tables)]
     adam = (dense, config.lr, config.beta1, config.beta2, config.eps)
+    optimizer: Adam
     if config.name == "muon":
         optimizer = Muon(*adam, config.weight_decay, config.muon_lr, config.momentum)
     else:
         optimizer = Adam(*adam, config.weight_decay if config.name == "adamw" else 0.0)
-    optimizer.of_ngrams = RowAdagrad(tables[0], config.ngram_lr / config.lr) if tables else None
+    optimizer.ngram_optimizer = RowAdagrad(tables[0], config.ngram_lr / config.lr) if tables else None
     return optimizer

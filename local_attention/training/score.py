@@ -1,41 +1,42 @@
-"""Bits per byte of a text of any length, each byte predicted from all before it that the model can still see."""
+"""Bits per byte of a text of any length, with all the context that the model can attend to."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
 from local_attention.decoding import DecodingSession
 from local_attention.training.evaluate import Score
+from local_attention.transformer import LocalTransformer
 
-CHUNK = 256  # bytes a call of the compiled graph
+CHUNK = 256  # bytes per call of the compiled graph
 
 
-def score_stream(model, pieces):
-    """Score a text that comes in pieces, through the key/value cache of the model.
+def score_stream(model: LocalTransformer, chunks: Iterable[np.ndarray]) -> Score:
+    """Score a text that arrives in chunks, using the model's KV cache.
 
-    The first byte is predicted from a newline. With learned positions the context starts again from its newest half
-    where they run out.
+    The first byte is predicted from a newline. Where learned positions end, the context restarts from its newest half.
 
     Args:
         model: a causal ``LocalTransformer``.
-        pieces: ``(n,)`` uint8 arrays.
+        chunks: ``(n,)`` uint8 arrays.
 
     Returns:
-        A :class:`Score`, its sum taken in float64.
+        A :class:`Score`, whose sum is computed in float64.
 
     Raises:
-        ValueError: for a text of no bytes.
+        ValueError: the text is empty.
     """
-    decoder = DecodingSession(model, prefill_chunk=CHUNK, prefill_threshold=1)
+    session = DecodingSession(model, prefill_chunk=CHUNK, prefill_threshold=1)
     nats, scored = 0.0, 0
-    before = decoder.feed([[ord("\n")]])[0]
-    for piece in pieces:
-        after = decoder.feed(piece[None])[0]
-        logits = np.concatenate([before, after[:-1]]).astype(np.float64)
+    last_logits = session.feed([[ord("\n")]])[0]
+    for chunk in chunks:
+        next_logits = session.feed(chunk[None])[0]
+        logits = np.concatenate([last_logits, next_logits[:-1]]).astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
-        nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(piece)), piece]).sum()
-        scored += len(piece)
-        before = after[-1:]
+        nats += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(chunk)), chunk]).sum()
+        scored += len(chunk)
+        last_logits = next_logits[-1:]
     if not scored:
-        raise ValueError("expected a text of at least one byte, got none")
+        raise ValueError("expected a text of at least one byte, got an empty one")
     return Score(nats / scored / math.log(2), scored)

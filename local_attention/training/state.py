@@ -1,71 +1,78 @@
-"""Where a run stands."""
+"""The progress of a run."""
+
+from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from local_attention.training.distributed import Distributed
 
 
 @dataclass
 class RunState:
-    """What a run needs to go on, and what its lines in ``metrics.jsonl`` begin with.
+    """The counters and clocks of a run that are saved in checkpoints and in each line of ``metrics.jsonl``.
 
-    ``wall_s`` counts the seconds of training, evaluation and sampling, over all the sessions of a resumed run;
-    ``progress`` goes by ``agreed_s``, which is the same for all workers.
+    ``wall_s`` is the time spent in training, evaluation and sampling, including earlier sessions of a resumed run.
+    ``progress`` uses ``synchronised_s`` instead, the ``wall_s`` of the main process, which is the same in all
+    processes.
     """
 
     max_steps: int | None
     max_minutes: float | None
     step: int = 0
     bytes_seen: int = 0
-    train_s: float = 0.0  # in steps alone
-    earlier_s: float = 0.0  # wall clock of earlier sessions
+    train_s: float = 0.0  # time in training steps only
+    earlier_s: float = 0.0  # wall_s of earlier sessions
     best_val_bpb: float | None = None
-    skipped_steps: int = 0  # whose loss or gradient was not finite
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    signal: int | None = None  # the signal that asked the run to end
-    failure: str | None = None  # why the run cannot go on
+    signal: int | None = None  # the signal by which the user stopped the run
+    failure: str | None = None  # why the run cannot continue
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.started = time.monotonic()
-        self.agreed_s = 0.0
+        self.synchronised_s = 0.0
 
-    def agree(self, workers):
-        """Take over the clock of the leading worker, and a signal that any of them got."""
-        told = workers.gather(np.array([self.wall_s, self.signal or 0]))
-        self.agreed_s, self.signal = float(told[0, 0]), int(told[:, 1].max()) or None
+    def synchronise(self, distributed: Distributed) -> None:
+        """Use the clock of the main process in all processes, and share a signal that any of them has received."""
+        gathered = distributed.all_gather(np.array([self.wall_s, self.signal or 0]))
+        self.synchronised_s, self.signal = float(gathered[0, 0]), int(gathered[:, 1].max()) or None
 
     @property
-    def wall_s(self):
+    def wall_s(self) -> float:
         return self.earlier_s + time.monotonic() - self.started
 
     @property
-    def progress(self):
-        """How much of the run is over, 0 … 1: by steps or by minutes, whichever ends it first."""
+    def progress(self) -> float:
+        """The fraction of the run that is done, 0 … 1: of the steps or of the minutes, whichever is larger."""
         by_steps = self.step / self.max_steps if self.max_steps else 0.0
-        by_time = self.agreed_s / (60 * self.max_minutes) if self.max_minutes else 0.0
+        by_time = self.synchronised_s / (60 * self.max_minutes) if self.max_minutes else 0.0
         return max(by_steps, by_time)
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.progress >= 1
 
-    def seconds_left(self, seconds_a_step):
-        """An estimate."""
+    def seconds_left(self, seconds_per_step: float) -> float:
+        """Estimate the remaining time of the run."""
         limits = []
         if self.max_steps:
-            limits.append((self.max_steps - self.step) * seconds_a_step)
+            limits.append((self.max_steps - self.step) * seconds_per_step)
         if self.max_minutes:
             limits.append(60 * self.max_minutes - self.wall_s)
         return max(0.0, min(limits))
 
-    def saved(self):
-        """What a checkpoint's sidecar keeps."""
-        kept = {"step", "bytes_seen", "train_s", "best_val_bpb", "skipped_steps", "skipped_in_a_row"}
-        return {key: value for key, value in asdict(self).items() if key in kept} | {"wall_s": self.wall_s}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the part that is stored in a checkpoint's sidecar."""
+        saved = {"step", "bytes_seen", "train_s", "best_val_bpb", "skipped_steps", "skipped_in_a_row"}
+        return {key: value for key, value in asdict(self).items() if key in saved} | {"wall_s": self.wall_s}
 
-    def load(self, meta):
-        """Go on from a checkpoint's sidecar."""
+    def load_state_dict(self, meta: dict[str, Any]) -> None:
+        """Continue from the state in a checkpoint's sidecar."""
         self.step, self.bytes_seen, self.best_val_bpb = meta["step"], meta["bytes_seen"], meta["best_val_bpb"]
         self.train_s, self.earlier_s = meta["train_s"], meta["wall_s"]
         self.skipped_steps, self.skipped_in_a_row = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)

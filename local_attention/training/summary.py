@@ -1,47 +1,59 @@
-"""The end of a run: its summary, and what the person may do next."""
+"""The end of a run: final scores, summary, and the commands to use next."""
+
+from __future__ import annotations
 
 import json
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
-from local_attention.training.distributed import SINGLE_PROCESS
-from local_attention.training.terminal import duration
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed
+from local_attention.training.evaluate import Evaluator, Score, eval_span
+from local_attention.training.run_log import NullRunLog, RunLog
+from local_attention.training.state import RunState
+from local_attention.training.terminal import format_duration
+
+if TYPE_CHECKING:
+    from data import Corpus
 
 log = logging.getLogger("train")
 
 
-def score_splits(evaluator, corpus, state, run_log):
-    """Score all of validation and test, and record the scores.
+def score_splits(
+    evaluator: Evaluator, corpus: Corpus, state: RunState, run_log: RunLog | NullRunLog
+) -> dict[str, Score]:
+    """Score the whole validation and test splits, and record the scores.
 
     Args:
-        evaluator: an ``Evaluator`` of the best weights.
-        corpus: a ``Corpus``.
-        state: the ``RunState`` at the end.
-        run_log: a ``RunLog``.
+        evaluator: of the best weights.
+        corpus: the data.
+        state: the state at the end of the run.
+        run_log: where to record the scores.
 
     Returns:
-        Split name to ``Score``.
+        The :class:`Score` of each split.
     """
     scores = {}
     for split in ("val", "test"):
-        start, stop = corpus.bounds(split)
+        data, start, stop = eval_span(corpus, split)
         log.info(f"scoring all {stop - start:,} bytes of {split} with the best weights")
         bar = partial(tqdm, leave=False, disable=not sys.stderr.isatty())
-        score = scores[split] = evaluator(corpus.bytes, start, stop, progress=bar)
+        score = scores[split] = evaluator(data, start, stop, progress=bar)
         run_log.record("eval", state, split=split, bpb=score.bpb, bytes_scored=score.bytes_scored, whole_split=True)
         log.info(f"{split}: {score.bpb:.4f} bpb")
     return scores
 
 
-def summarise(run_dir, state, scores):
-    """Write ``summary.json``; ``scores`` as from :func:`score_splits`."""
+def write_summary(run_dir: str | Path, state: RunState, scores: dict[str, Score]) -> None:
+    """Write ``summary.json``, with the scores of :func:`score_splits`."""
     summary = {
         "steps": state.step,
         "bytes_seen": state.bytes_seen,
@@ -52,31 +64,47 @@ def summarise(run_dir, state, scores):
     }
     write_text(Path(run_dir) / "summary.json", json.dumps(summary, indent=1) + "\n")
     log.info(
-        f"{state.step:,} steps, {state.bytes_seen:,} bytes in {duration(state.wall_s)}, "
+        f"{state.step:,} steps, {state.bytes_seen:,} bytes in {format_duration(state.wall_s)}, "
         f"{summary['bytes_per_s']:,.0f} bytes/s while training, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB"
     )
 
 
-def print_next_steps(run_dir, state, overrides, workers=SINGLE_PROCESS):
-    """Three commands: sample, look at curves, continue for twice as long."""
+def print_next_steps(
+    run_dir: str | Path, state: RunState, overrides: Sequence[str], distributed: Distributed = SINGLE_PROCESS
+) -> None:
+    """Log the commands to sample, to show the curves, and to continue for twice as long."""
     longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
-    log.info(f"continue:  {continue_command(run_dir, overrides, longer, workers)}")
+    log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
 
 
-def interrupted(run_dir, state, overrides, workers=SINGLE_PROCESS):
-    """Say where an interrupted run was saved; returns its exit status."""
+def print_interruption(
+    run_dir: str | Path, state: RunState, overrides: Sequence[str], distributed: Distributed = SINGLE_PROCESS
+) -> None:
+    """Log where an interrupted run was saved, and the command to continue it."""
     log.info(f"interrupted: saved step {state.step:,} in {Path(run_dir) / 'checkpoints'}")
-    log.info(f"continue:  {continue_command(run_dir, overrides, workers=workers)}")
-    return 128 + state.signal
+    log.info(f"continue:  {continue_command(run_dir, overrides, distributed=distributed)}")
 
 
-def continue_command(run_dir, overrides, changes=(), workers=SINGLE_PROCESS):
-    """The command line that goes on with a run: the one that began it, with its directory and ``changes``."""
-    program = ["python", "train.py"] if workers.count == 1 else ["scripts/launch.sh", str(workers.count)]
+def continue_command(
+    run_dir: str | Path,
+    overrides: Sequence[str],
+    changes: Sequence[str] = (),
+    distributed: Distributed = SINGLE_PROCESS,
+) -> str:
+    """Return the command line that continues a run.
+
+    Args:
+        run_dir: the run directory.
+        overrides: those of the command that started the run.
+        changes: overrides that are added, or replace earlier ones.
+        distributed: the processes of the run.
+    """
+    world_size = distributed.world_size
+    program = ["python", "train.py"] if world_size == 1 else ["scripts/launch.sh", str(world_size)]
     changes = [f"run_dir={run_dir}", "resume=auto", *changes]
-    replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if workers.count > 1 else set())
+    replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if world_size > 1 else set())
     kept = [override for override in overrides if override.split("=")[0] not in replaced]
     return shlex.join([*program, *kept, *changes])

@@ -1,4 +1,4 @@
-"""A mirror on this machine that behaves as badly as a test asks it to."""
+"""A local HTTP server whose faults the tests choose."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from data.download import RetryPolicy
 
 
 class Mirror:
-    """An HTTP server whose paths are functions of the request; it writes down what it was asked."""
+    """An HTTP server with one handler per path; it records the requests."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str | None]] = []  # (path, Range header)
-        self.full_bodies = 0  # answers that carried a whole file
+        self.full_bodies = 0  # responses with the whole file
         self.closing = threading.Event()
         self.answers: dict[str, Callable[[BaseHTTPRequestHandler, int], None]] = {}
         mirror = self
@@ -73,12 +73,12 @@ class Mirror:
         """Answer `path` with `body`.
 
         Args:
-            ranges: whether Range is obeyed.
-            cut: how many bytes the nth answer ends after; None for all of them.
-            stall: stay silent where the answer is cut, rather than hanging up.
-            trickle: seconds between pieces of 100 bytes.
-            busy: how many answers are 503 before the first good one.
-            delay: seconds before the answer.
+            ranges: whether Range is supported.
+            cut: number of bytes after which the nth response ends; None for all of them.
+            stall: where the response is cut, keep the connection open without sending anything.
+            trickle: seconds between chunks of 100 bytes.
+            busy: number of 503 responses before the first good one.
+            delay: seconds before the response.
             length: whether a Content-Length is sent.
         """
 
@@ -119,26 +119,26 @@ class Mirror:
 
 @pytest.fixture
 def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
-    monkeypatch.setenv("no_proxy", "*")  # or a proxy of this machine would be asked for 127.0.0.1
+    monkeypatch.setenv("no_proxy", "*")  # or requests to 127.0.0.1 would go to the machine's proxy
     mirror = Mirror()
     yield mirror
     mirror.close()
 
 
 @pytest.fixture
-def patience() -> RetryPolicy:
+def policy() -> RetryPolicy:
     return RetryPolicy(timeout=5.0, attempts=3, backoff=0.01, min_rate=50_000, min_rate_window=0.4)
 
 
 @pytest.fixture
-def impatience(patience: RetryPolicy) -> RetryPolicy:
-    """For servers that fall silent: elsewhere a busy machine must not look like a silent server."""
-    return replace(patience, timeout=0.3)
+def short_timeout(policy: RetryPolicy) -> RetryPolicy:
+    """For servers that stop sending. Elsewhere a longer timeout keeps slow machines from failing."""
+    return replace(policy, timeout=0.3)
 
 
 @pytest.fixture(scope="session")
 def content() -> bytes:
-    """300,000 bytes that do not compress, so that an archive of them is as long and comes in several pieces."""
+    """300,000 incompressible bytes, so that an archive of them is as long and arrives in several chunks."""
     return np.random.RandomState(0).bytes(300_000)
 
 

@@ -1,4 +1,4 @@
-"""data.compression: what a file is, is told by its content."""
+"""data.compression: the compression is detected from the content."""
 
 import bz2
 import gzip
@@ -27,7 +27,7 @@ def packed(zip_of) -> dict[str | None, bytes]:
 
 
 @pytest.mark.parametrize("kind", [None, "zip", "gz", "xz", "bz2"])
-def test_a_file_is_read_whatever_its_name_says(kind, packed, tmp_path):
+def test_a_file_is_read_whatever_its_name(kind, packed, tmp_path):
     for name in ("data", "data.zip", "data.txt.gz"):
         path = tmp_path / name
         path.write_bytes(packed[kind])
@@ -60,14 +60,16 @@ def test_text_that_only_resembles_an_archive_is_raw(text, tmp_path):
 def test_a_truncated_archive_is_refused_in_one_line(kind, packed, tmp_path):
     path = tmp_path / "cut"
     path.write_bytes(packed[kind][:-20])
-    with pytest.raises(DataError, match=f"cut cannot be unpacked as {kind}: .*; replace it with an intact") as error:
+    with pytest.raises(
+        DataError, match=f"cut cannot be decompressed as {kind}: .*; replace it with an intact"
+    ) as error:
         compression.read(path)
     assert "\n" not in str(error.value)
 
 
 @given(st.sampled_from(["zip", "gz", "xz", "bz2"]), st.integers(0, 10**6), st.integers(1, 255))
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_byte_gives_a_data_error_or_does_no_harm(packed, tmp_path, kind, place, flip):
+def test_a_corrupt_byte_is_a_data_error_or_changes_nothing(packed, tmp_path, kind, place, flip):
     damaged = bytearray(packed[kind])
     damaged[place % len(damaged)] ^= flip
     path = tmp_path / "damaged"
@@ -76,14 +78,14 @@ def test_a_damaged_byte_gives_a_data_error_or_does_no_harm(packed, tmp_path, kin
         content = compression.read(path).tobytes()
     except DataError:
         return
-    assert content in (TEXT, bytes(damaged)), "right, or taken for a raw file as its first bytes are damaged"
+    assert content in (TEXT, bytes(damaged)), "correct, or read as a raw file because the magic bytes are corrupt"
 
 
 @pytest.mark.parametrize("names", [(), ("a", "b"), ("a", "b", "c")])
-def test_a_zip_of_any_other_number_of_files_than_one_is_refused(names, zip_of, tmp_path):
+def test_a_zip_with_no_or_several_files_is_refused(names, zip_of, tmp_path):
     path = tmp_path / "some.zip"
     path.write_bytes(zip_of(TEXT, names=names))
-    with pytest.raises(DataError, match=f"must hold exactly one file, but holds {len(names)}"):
+    with pytest.raises(DataError, match=f"must contain exactly one file, but contains {len(names)}"):
         compression.read(path)
 
 
@@ -95,7 +97,7 @@ def test_folders_in_a_zip_do_not_count(tmp_path):
     assert compression.read(path).tobytes() == TEXT
 
 
-def test_an_archive_of_nothing_is_empty_and_not_damaged(tmp_path):
+def test_an_archive_of_an_empty_file_is_valid(tmp_path):
     for packed in (gzip.compress(b""), bz2.compress(b""), lzma.compress(b"")):
         (tmp_path / "empty").write_bytes(packed)
         assert compression.read(tmp_path / "empty").size == 0
@@ -112,7 +114,7 @@ def test_an_unreadable_file_is_refused_with_the_reason(tmp_path, monkeypatch):
     path = tmp_path / "secret"
     path.write_bytes(TEXT)
 
-    def refuse(*_, **__):  # and not chmod, which does not stop root
+    def refuse(*_, **__):  # not with chmod, as root may read any file
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)

@@ -43,20 +43,20 @@ def test_the_fingerprint_is_the_start_of_the_sha256_of_all_bytes():
     assert corpus.fingerprint != corpus_of(999).fingerprint
 
 
-def test_a_split_shorter_than_a_crop_is_refused_with_both_numbers():
+def test_a_split_shorter_than_a_sequence_is_refused_with_both_numbers():
     corpus = corpus_of(1020)
     corpus.require("train", "val", "test", sequence_bytes=51)
     with pytest.raises(DataError) as error:
         corpus.require("train", "val", sequence_bytes=52)
     assert str(error.value) == (
-        "the val split of x has 51 bytes, but a crop needs train.seq_len + 1 = 52: "
+        "the val split of x has 51 bytes, but a sequence needs train.seq_len + 1 = 52: "
         "use a larger file or a smaller train.seq_len"
     )
     corpus.require("train", sequence_bytes=900)
 
 
 def test_an_unknown_split_is_refused_by_name():
-    with pytest.raises(DataError, match="one of train, val, test, got 'valid'"):
+    with pytest.raises(DataError, match="one of the splits train, val, test, got 'valid'"):
         corpus_of(10).split("valid")
 
 
@@ -64,10 +64,10 @@ def test_an_unknown_split_is_refused_by_name():
     "array, complaint",
     [
         (np.zeros(0, np.uint8), "x is empty"),
-        (np.zeros(4, np.int64), "flat uint8 array, got int64"),
+        (np.zeros(4, np.int64), "one-dimensional uint8 array, got int64"),
         (np.zeros((2, 2), np.uint8), r"of shape \(2, 2\)"),
     ],
 )
-def test_what_is_not_a_flat_array_of_bytes_is_refused(array, complaint):
+def test_other_arrays_than_one_dimensional_uint8_are_refused(array, complaint):
     with pytest.raises(DataError, match=complaint):
         Corpus("x", array)

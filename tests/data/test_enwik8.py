@@ -1,4 +1,4 @@
-"""data.enwik8: the right bytes, found or downloaded, and never a wrong one. On a small stand-in for enwik8."""
+"""data.enwik8, tested with a small replacement for enwik8: it is found or downloaded, and always verified."""
 
 import bz2
 import errno
@@ -42,9 +42,9 @@ def expected(content) -> Expected:
 
 
 @pytest.fixture
-def get(tmp_path, expected, patience) -> Callable[..., np.ndarray]:
-    def get(*mirrors: str, patience: RetryPolicy = patience) -> np.ndarray:
-        return find_or_download(tmp_path, expected, mirrors or ["http://[no download expected"], patience)
+def get(tmp_path, expected, policy) -> Callable[..., np.ndarray]:
+    def get(*mirrors: str, policy: RetryPolicy = policy) -> np.ndarray:
+        return find_or_download(tmp_path, expected, mirrors or ["http://[no download expected"], policy)
 
     return get
 
@@ -67,35 +67,35 @@ def test_a_raw_file_is_mapped(get, tmp_path, content):
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, "zip"])
 @pytest.mark.parametrize("suffix", [".zip", ".gz", ".xz", ".bz2"])
-def test_an_archive_is_unpacked_once_whatever_its_suffix_says(get, tmp_path, content, archive, pack, suffix):
+def test_an_archive_is_decompressed_once_whatever_its_suffix(get, tmp_path, content, archive, pack, suffix):
     packed = archive if pack == "zip" else pack(content)
     (tmp_path / f"enwik8{suffix}").write_bytes(packed)
     assert get().tobytes() == content
     assert names_in(tmp_path) == {LOCK, f"enwik8{suffix}", "enwik8"}
     assert (tmp_path / "enwik8").read_bytes() == content
-    (tmp_path / f"enwik8{suffix}").write_bytes(b"not looked at any more")
+    (tmp_path / f"enwik8{suffix}").write_bytes(b"not read any more")
     assert get().tobytes() == content
 
 
-def test_an_archive_that_is_itself_named_enwik8_is_read_and_stays(get, tmp_path, content):
+def test_an_archive_named_enwik8_is_read_and_kept(get, tmp_path, content):
     packed = gzip.compress(content)
     (tmp_path / "enwik8").write_bytes(packed)
     assert get().tobytes() == content
     assert (tmp_path / "enwik8").read_bytes() == packed
 
 
-def test_a_raw_file_with_the_suffix_of_an_archive_is_used_as_it_is(get, tmp_path, content):
+def test_a_raw_file_with_the_suffix_of_an_archive_is_read(get, tmp_path, content):
     (tmp_path / "enwik8.zip").write_bytes(content)
     assert get().tobytes() == content
     assert names_in(tmp_path) == {LOCK, "enwik8.zip"}
 
 
 @pytest.mark.parametrize("obstacle", [LOCK, "enwik8.unpacking.part"])
-def test_where_the_folder_cannot_be_written_an_archive_is_unpacked_into_memory(
+def test_if_the_folder_is_not_writable_an_archive_is_decompressed_into_memory(
     get, tmp_path, archive, content, obstacle
 ):
     (tmp_path / "enwik8.zip").write_bytes(archive)
-    (tmp_path / obstacle).mkdir()  # cannot be opened for writing, not even by root, whom chmod would not stop
+    (tmp_path / obstacle).mkdir()  # cannot be opened for writing, not even by root, unlike a read-only file
     if obstacle != LOCK:
         (tmp_path / obstacle / "file").touch()
     assert get().tobytes() == content
@@ -105,27 +105,27 @@ def test_where_the_folder_cannot_be_written_an_archive_is_unpacked_into_memory(
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
-        (lambda content: content[:-1], "it holds 299,999 bytes instead of 300,000"),
+        (lambda content: content[:-1], "it has 299,999 bytes instead of 300,000"),
         (lambda content: content[:-1] + b"?", "its sha256 is [0-9a-f]{64} instead of [0-9a-f]{64}"),
         (lambda content: b"", "is empty"),
-        (lambda content: gzip.compress(content)[:-9], "cannot be unpacked as gz"),
-        (lambda content: gzip.compress(content + b"!"), "it holds (more than 300,000|300,001) bytes"),
+        (lambda content: gzip.compress(content)[:-9], "cannot be decompressed as gz"),
+        (lambda content: gzip.compress(content + b"!"), "it has (more than 300,000|300,001) bytes"),
         (lambda content: gzip.compress(b"?" + content[1:]), "its sha256 is"),
     ],
 )
 @pytest.mark.parametrize("name", ["enwik8", "enwik8.zip"])
-def test_a_wrong_file_is_reported_and_not_touched(get, mirror, archive, tmp_path, content, name, wrong, complaint):
+def test_a_wrong_file_is_reported_and_not_changed(get, mirror, archive, tmp_path, content, name, wrong, complaint):
     path = tmp_path / name
     there = wrong(content)
     path.write_bytes(there)
     with pytest.raises(DataError, match=complaint) as error:
         get(mirror.serve("/good", archive))
-    assert not isinstance(error.value, DownloadError), "a fallback must not hide it"
+    assert not isinstance(error.value, DownloadError), "or data.fallback would hide it"
     assert str(error.value).startswith(f"{path} is not enwik8: ")
     assert str(error.value).endswith(
-        f"delete it to have enwik8 downloaded, or use data=file data.path={path} to train on it as it is"
+        f"delete it to download enwik8, or use data=file data.path={path} to train on it as it is"
     )
-    assert path.read_bytes() == there  # and not made anew: gzip writes the time
+    assert path.read_bytes() == there  # not a new one: gzip stores the time
     assert names_in(tmp_path) == {LOCK, name}
     assert mirror.requests == []
 
@@ -141,12 +141,12 @@ def test_a_download_leaves_the_verified_file_and_is_not_repeated(get, mirror, ar
     assert len(mirror.requests) == 1
 
 
-def test_a_mirror_may_pack_the_same_content_differently(get, mirror, zip_of, content):
+def test_mirrors_may_have_different_archives_of_the_same_content(get, mirror, zip_of, content):
     stored = zip_of(content, zipfile.ZIP_STORED, names=("other-name",))
     assert get(mirror.serve("/stored", stored)).tobytes() == content
 
 
-def test_a_bad_mirror_is_followed_by_the_next(get, mirror, archive, zip_of, content, tmp_path):
+def test_after_a_bad_mirror_the_next_one_is_tried(get, mirror, archive, zip_of, content, tmp_path):
     flipped = bytearray(archive)
     flipped[150_000] ^= 1
     bad = [
@@ -168,8 +168,8 @@ def test_a_bad_mirror_is_followed_by_the_next(get, mirror, archive, zip_of, cont
 @pytest.mark.parametrize(
     "behaviour", ["flipped", "other", "page", "nothing", "absent", "cut", "stall", "trickle", "busy"]
 )
-def test_a_failure_leaves_nothing_but_what_can_be_continued(
-    get, mirror, impatience, archive, zip_of, content, tmp_path, behaviour
+def test_a_failure_leaves_nothing_but_what_can_be_resumed(
+    get, mirror, short_timeout, archive, zip_of, content, tmp_path, behaviour
 ):
     flipped = bytearray(archive)
     flipped[150_000] ^= 1
@@ -185,7 +185,7 @@ def test_a_failure_leaves_nothing_but_what_can_be_continued(
         "busy": lambda: mirror.serve("/file", archive, busy=99),
     }[behaviour]()
     with pytest.raises(DownloadError) as error:
-        get(url, patience=impatience)
+        get(url, policy=short_timeout)
     message = str(error.value)
     assert "\n" not in message
     assert f"enwik8 is not in {tmp_path} and cannot be downloaded (127.0.0.1:" in message
@@ -195,7 +195,7 @@ def test_a_failure_leaves_nothing_but_what_can_be_continued(
         (part,) = parts
         assert part.startswith("enwik8.zip.") and part.endswith(".part")
         assert archive.startswith((tmp_path / part).read_bytes())
-        mirror.serve("/file", archive)  # the mirror recovers: the next start gets along
+        mirror.serve("/file", archive)  # the mirror works again: the next start resumes
         assert get(url).tobytes() == content
         assert mirror.requests[-1][1].startswith("bytes=")
         assert names_in(tmp_path) == {LOCK, "enwik8"}
@@ -207,36 +207,36 @@ def test_the_bytes_of_two_mirrors_are_never_mixed(get, mirror, archive, zip_of, 
     other_archive = zip_of(content, zipfile.ZIP_STORED)
     breaking = mirror.serve("/one", archive, ranges=False, cut=lambda nth: 100_000)
     assert get(breaking, mirror.serve("/two", other_archive)).tobytes() == content
-    assert mirror.requests[-1] == ("/two", None), "begun at its first byte"
+    assert mirror.requests[-1] == ("/two", None), "from the first byte"
 
 
-def test_a_partial_download_that_proves_wrong_is_thrown_away(get, mirror, archive, content, tmp_path):
+def test_a_corrupt_partial_download_is_deleted(get, mirror, archive, content, tmp_path):
     url = mirror.serve("/file", archive, ranges=False, cut=lambda nth: 100_000)
     with pytest.raises(DownloadError):
         get(url)
     (part,) = tmp_path.glob("*.part")
     part.write_bytes(b"?" * 100_000)
     mirror.serve("/file", archive)
-    with pytest.raises(DownloadError, match="it holds"):
+    with pytest.raises(DownloadError, match="it has"):
         get(url)
     assert names_in(tmp_path) == {LOCK}
     assert get(url).tobytes() == content
 
 
-def test_the_environment_names_other_mirrors(expected, mirror, archive, content, tmp_path, monkeypatch):
+def test_an_environment_variable_names_other_mirrors(expected, mirror, archive, content, tmp_path, monkeypatch):
     monkeypatch.setenv("ENWIK8_MIRRORS", f" {mirror.url('/absent')}  {mirror.serve('/good', archive)} ")
     assert find_or_download(tmp_path / "new" / "folder", expected).tobytes() == content
     assert [path for path, _ in mirror.requests] == ["/absent", "/good"]
 
 
-def test_a_folder_that_cannot_be_made_is_a_failed_download(get, tmp_path, expected):
+def test_a_folder_that_cannot_be_created_is_a_failed_download(get, tmp_path, expected):
     (tmp_path / "file").touch()
-    with pytest.raises(DownloadError, match="the folder cannot be written"):
+    with pytest.raises(DownloadError, match="the folder is not writable"):
         find_or_download(tmp_path / "file" / "folder", expected)
 
 
-def test_a_disk_that_fills_up_is_named_and_the_next_mirror_not_blamed(get, mirror, archive, tmp_path):
-    (tmp_path / "enwik8.unpacking.part" / "x").mkdir(parents=True)  # stands for a disk that refuses the unpacked file
+def test_a_full_disk_is_reported_and_no_other_mirror_tried(get, mirror, archive, tmp_path):
+    (tmp_path / "enwik8.unpacking.part" / "x").mkdir(parents=True)  # like a full disk, it prevents writing the file
     url = mirror.serve("/good", archive)
     with pytest.raises(DownloadError, match="enwik8 cannot be written: "):
         get(url, url)
@@ -260,7 +260,7 @@ def test_two_processes_that_start_at_once_download_once(mirror, archive, expecte
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL, which only POSIX has")
-def test_a_killed_process_blocks_nobody_and_its_download_is_continued(
+def test_a_killed_process_releases_the_lock_and_its_download_is_resumed(
     get, mirror, archive, content, expected, tmp_path
 ):
     url = mirror.serve("/file", archive, cut=lambda nth: 100_000 if nth == 1 else None, stall=True)
@@ -276,7 +276,7 @@ def test_a_killed_process_blocks_nobody_and_its_download_is_continued(
 
 
 @pytest.mark.parametrize("lock", [None, "refused"])
-def test_a_system_without_locks_still_downloads(get, mirror, archive, content, monkeypatch, lock):
+def test_without_support_for_locks_it_still_downloads(get, mirror, archive, content, monkeypatch, lock):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -290,5 +290,5 @@ def test_a_system_without_locks_still_downloads(get, mirror, archive, content, m
 # --- the real one ---
 
 
-def test_what_is_expected_is_the_published_enwik8():
+def test_the_expected_size_and_checksum_are_the_published_ones():
     assert Expected("enwik8", 100_000_000, "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8") == ENWIK8

@@ -1,4 +1,4 @@
-"""data.sampler: a crop is a pure function of (seed, index), and an epoch visits each crop once."""
+"""data.sampler: a sequence is a pure function of (seed, index), and an epoch contains each sequence once."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def samplers(draw: st.DrawFn) -> SequenceSampler:
 
 
 @given(samplers(), st.lists(INDICES, min_size=1, max_size=20), st.randoms(use_true_random=False))
-def test_the_order_of_access_changes_no_crop(sampler, indices, random):
+def test_the_order_of_access_changes_no_sequence(sampler, indices, random):
     together = dict(zip(indices, sampler.starts(indices), strict=True))
     random.shuffle(indices)
     _epoch.cache_clear()
@@ -28,7 +28,7 @@ def test_the_order_of_access_changes_no_crop(sampler, indices, random):
 
 
 @given(samplers(), st.lists(INDICES, min_size=1, max_size=20))
-def test_every_crop_lies_inside_the_split(sampler, indices):
+def test_every_sequence_is_inside_the_split(sampler, indices):
     starts = sampler.starts(indices)
     assert starts.dtype == np.int64
     assert starts.min() >= 0
@@ -36,41 +36,41 @@ def test_every_crop_lies_inside_the_split(sampler, indices):
 
 
 @given(samplers(), st.integers(0, 2**20))
-def test_an_epoch_visits_each_of_its_crops_once_and_neighbours_share_one_byte(sampler, epoch):
-    crops = sampler.sequences_per_epoch
-    starts = np.sort(sampler.starts(epoch * crops + np.arange(crops)))
+def test_an_epoch_contains_each_sequence_once_and_neighbours_share_one_byte(sampler, epoch):
+    sequences = sampler.sequences_per_epoch
+    starts = np.sort(sampler.starts(epoch * sequences + np.arange(sequences)))
     assert np.all(np.diff(starts) == sampler.sequence_bytes - 1)
     fit = (sampler.split.size - 1) // (sampler.sequence_bytes - 1)
-    assert crops >= max(1, fit - 1), "at most one crop is given up for the phase"
+    assert sequences >= max(1, fit - 1), "at most one sequence is left out to make room for the phase"
 
 
 @given(samplers(), st.integers(0, 10**9), st.integers(0, 20))
-def test_a_crop_is_what_the_split_holds_at_its_start(sampler, first_index, count):
-    crops = sampler.crops(first_index, count)
-    assert crops.shape == (count, sampler.sequence_bytes) and crops.dtype == np.uint8
+def test_a_sequence_is_the_slice_of_the_split_at_its_start(sampler, first_index, count):
+    sequences = sampler.sequences(first_index, count)
+    assert sequences.shape == (count, sampler.sequence_bytes) and sequences.dtype == np.uint8
     starts = sampler.starts(range(first_index, first_index + count))
-    for crop, start in zip(crops, starts, strict=True):
-        np.testing.assert_array_equal(crop, sampler.split[start : start + sampler.sequence_bytes])
+    for sequence, start in zip(sequences, starts, strict=True):
+        np.testing.assert_array_equal(sequence, sampler.split[start : start + sampler.sequence_bytes])
 
 
 @given(samplers(), st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 6))
-def test_workers_that_share_the_indices_see_the_crops_of_one_worker(sampler, first_index, workers, each):
-    alone = sampler.starts(range(first_index, first_index + workers * each))
-    blocks = [sampler.starts(first_index + rank * each + np.arange(each)) for rank in range(workers)]
-    np.testing.assert_array_equal(np.concatenate(blocks), alone)
-    turns = [sampler.starts(first_index + rank + workers * np.arange(each)) for rank in range(workers)]
-    np.testing.assert_array_equal(np.stack(turns, axis=1).ravel(), alone)
+def test_processes_that_divide_the_indices_see_the_sequences_of_one_process(sampler, first_index, world_size, each):
+    single = sampler.starts(range(first_index, first_index + world_size * each))
+    blocks = [sampler.starts(first_index + rank * each + np.arange(each)) for rank in range(world_size)]
+    np.testing.assert_array_equal(np.concatenate(blocks), single)
+    interleaved = [sampler.starts(first_index + rank + world_size * np.arange(each)) for rank in range(world_size)]
+    np.testing.assert_array_equal(np.stack(interleaved, axis=1).ravel(), single)
 
 
 @given(SEEDS, SEEDS)
 @settings(max_examples=30)
-def test_other_seeds_give_other_crops(one, other):
+def test_other_seeds_give_other_sequences(one, other):
     split = np.zeros(50_000, np.uint8)
     first, second = (SequenceSampler(split, 11, seed).starts(range(50)) for seed in (one, other))
     assert np.array_equal(first, second) == (one == other)
 
 
-def test_seeds_that_differ_only_above_32_bits_give_other_crops():
+def test_seeds_that_differ_only_above_32_bits_give_other_sequences():
     split = np.zeros(50_000, np.uint8)
     starts = [SequenceSampler(split, 11, seed).starts(range(50)).tolist() for seed in (1, 1 + 2**32, 1 + 2**63)]
     assert starts[0] != starts[1] != starts[2] != starts[0]
@@ -78,8 +78,8 @@ def test_seeds_that_differ_only_above_32_bits_give_other_crops():
 
 def test_epochs_differ_in_order_and_in_phase():
     sampler = SequenceSampler(np.zeros(50_000, np.uint8), 101, seed=0)
-    crops = sampler.sequences_per_epoch
-    epochs = [sampler.starts(epoch * crops + np.arange(crops)) for epoch in range(10)]
+    sequences = sampler.sequences_per_epoch
+    epochs = [sampler.starts(epoch * sequences + np.arange(sequences)) for epoch in range(10)]
     assert len({tuple((starts - starts.min()).tolist()) for starts in epochs}) == 10
     assert len({int(starts.min()) for starts in epochs}) > 5
 
@@ -90,14 +90,14 @@ def test_after_enough_epochs_every_byte_was_seen():
     assert set((starts[:, None] + np.arange(11)).ravel()) == set(range(57))
 
 
-def test_a_split_of_exactly_one_crop_gives_that_crop_every_time():
+def test_a_split_of_one_sequence_always_gives_that_sequence():
     split = np.arange(33, dtype=np.uint8)
     sampler = SequenceSampler(split, 33, seed=5)
     assert sampler.sequences_per_epoch == 1
-    np.testing.assert_array_equal(sampler.crops(10**12, 3), np.stack([split] * 3))
+    np.testing.assert_array_equal(sampler.sequences(10**12, 3), np.stack([split] * 3))
 
 
-def test_the_crops_of_a_seed_are_the_same_for_ever():
+def test_the_sequences_of_a_seed_never_change():
     sampler = SequenceSampler(np.zeros(1000, np.uint8), 33, seed=2**63)
     assert sampler.starts([0, 1, 2, 29, 30, 10**12]).tolist() == [739, 67, 483, 195, 611, 257]
 
@@ -105,17 +105,17 @@ def test_the_crops_of_a_seed_are_the_same_for_ever():
 @pytest.mark.parametrize(
     "size, sequence_bytes, seed, complaint",
     [
-        (10, 11, 0, "split of 10 bytes holds no crop of 11"),
-        (10, 1, 0, "at least 2 bytes, got 1"),
-        (10, 5, -1, r"between 0 and 2\*\*64 - 1, got -1"),
+        (10, 11, 0, "split of 10 bytes is shorter than a sequence of 11"),
+        (10, 1, 0, "at least 2 bytes, .* got 1"),
+        (10, 5, -1, r"from 0 to 2\*\*64 - 1, got -1"),
         (10, 5, 2**64, "got 18446744073709551616"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused(size, sequence_bytes, seed, complaint):
+def test_invalid_arguments_are_refused(size, sequence_bytes, seed, complaint):
     with pytest.raises(DataError, match=complaint):
         SequenceSampler(np.zeros(size, np.uint8), sequence_bytes, seed)
 
 
 def test_a_negative_index_is_refused():
-    with pytest.raises(DataError, match="count from 0, got -1"):
+    with pytest.raises(DataError, match="indices from 0, got -1"):
         SequenceSampler(np.zeros(10, np.uint8), 5, 0).starts([3, -1])

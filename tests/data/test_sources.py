@@ -1,4 +1,4 @@
-"""data.load: from a config to a corpus."""
+"""data.load: the corpus that a config describes."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ def no_network(monkeypatch):
     monkeypatch.setenv("ENWIK8_MIRRORS", "no-address")
 
 
-def test_a_file_becomes_a_corpus_of_its_name(tmp_path, caplog):
+def test_a_file_becomes_a_corpus_with_its_name(tmp_path, caplog):
     (tmp_path / "book.txt").write_bytes(TEXT)
     with caplog.at_level(logging.INFO, "data"):
         corpus = load(Config(source="file", path=str(tmp_path / "book.txt")))
@@ -31,7 +31,7 @@ def test_a_file_becomes_a_corpus_of_its_name(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_max_bytes_cuts_before_the_splits_are_made(tmp_path, pack):
+def test_max_bytes_is_applied_before_splitting(tmp_path, pack):
     (tmp_path / "book").write_bytes(pack(TEXT))
     corpus = load(Config(source="file", path=tmp_path / "book", max_bytes=100))
     assert corpus.bytes.tobytes() == TEXT[:100]
@@ -56,7 +56,7 @@ def test_the_head_of_enwik8_has_the_published_hashes():
         assert corpus.fingerprint == sha256[:16]
 
 
-def test_the_standard_library_is_a_corpus_with_splits_alike():
+def test_the_splits_of_the_standard_library_are_similar():
     corpus = load(Config(source="stdlib"))
     assert corpus.name == "stdlib" and corpus.bytes.size > 1_000_000
     assert corpus.fingerprint == load(Config(source="stdlib")).fingerprint
@@ -64,13 +64,13 @@ def test_the_standard_library_is_a_corpus_with_splits_alike():
     assert np.abs(train - val).sum() < 0.4, "the frequencies of their bytes differ little"
 
 
-def test_a_wrong_enwik8_in_the_folder_of_the_config_is_no_reason_to_fall_back(tmp_path, no_network):
+def test_for_a_wrong_enwik8_the_fallback_is_not_used(tmp_path, no_network):
     (tmp_path / "enwik8").write_bytes(TEXT)
-    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'enwik8'} is not enwik8: it holds 1,024 bytes")):
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'enwik8'} is not enwik8: it has 1,024 bytes")):
         load(Config(source="enwik8", dir=str(tmp_path), fallback="stdlib"))
 
 
-def test_without_enwik8_and_network_the_error_names_the_ways_out(tmp_path, no_network, monkeypatch):
+def test_without_enwik8_and_network_the_error_names_the_alternatives(tmp_path, no_network, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as error:
         load(Config(source="enwik8", dir="here", fallback=None))
@@ -80,27 +80,27 @@ def test_without_enwik8_and_network_the_error_names_the_ways_out(tmp_path, no_ne
     )
 
 
-def test_the_fallback_is_announced_loudly_in_one_line(tmp_path, no_network, caplog):
+def test_the_fallback_is_a_warning_of_one_line(tmp_path, no_network, caplog):
     corpus = load(Config(source="enwik8", dir=tmp_path, fallback="stdlib", max_bytes=1000))
     assert corpus.name == "stdlib" and corpus.bytes.size == 1000
-    loud = [record for record in caplog.records if "NOT ENWIK8" in record.message]
-    assert [record.levelname for record in loud] == ["WARNING"]
-    assert "standard library" in loud[0].message and "\n" not in loud[0].message
+    warnings = [record for record in caplog.records if "NOT ENWIK8" in record.message]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+    assert "standard library" in warnings[0].message and "\n" not in warnings[0].message
 
 
 @pytest.mark.parametrize(
     "config, complaint",
     [
-        (Config(source="text8"), "data.source is enwik8, stdlib or file, got 'text8'"),
+        (Config(source="text8"), "data.source: expected enwik8, stdlib or file, got 'text8'"),
         (Config(source="file"), "data=file needs a path: give data.path=FILE"),
         (Config(source="file", path="/no/such/file"), "/no/such/file does not exist"),
-        (Config(source="enwik8", fallback="enwik9"), "data.fallback is null or stdlib, got 'enwik9'"),
-        (Config(source="stdlib", max_bytes=0), "data.max_bytes is null or a number of bytes from 1 on, got 0"),
+        (Config(source="enwik8", fallback="enwik9"), "data.fallback: expected null or stdlib, got 'enwik9'"),
+        (Config(source="stdlib", max_bytes=0), "data.max_bytes: expected null or a number of bytes, at least 1, got 0"),
         (Config(source="stdlib", max_bytes=True), "got True"),
         (Config(source="stdlib", max_bytes="10MB"), "got '10MB'"),
     ],
 )
-def test_a_wrong_setting_is_refused_in_one_line(config, complaint):
+def test_an_invalid_setting_is_refused_in_one_line(config, complaint):
     with pytest.raises(DataError, match=re.escape(complaint)) as error:
         load(config)
     assert "\n" not in str(error.value)

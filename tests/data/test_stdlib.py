@@ -34,7 +34,7 @@ def lines(root) -> list[str]:
     return source_text(root, min_bytes=1).tobytes().decode().split("\n")
 
 
-def test_only_the_librarys_own_sources_are_taken_joined_by_newlines(library):
+def test_only_the_sources_of_the_library_itself_are_used_joined_by_newlines(library):
     assert sorted(lines(library)) == ["# abc.py", "# json/decoder.py", "# zipfile.py"]
 
 
@@ -50,5 +50,5 @@ def test_a_file_that_cannot_be_read_is_left_out(library):
 
 
 def test_a_python_without_its_sources_is_refused(library):
-    with pytest.raises(DataError, match="holds 39 bytes of Python sources, but at least 1,000,000 are needed"):
+    with pytest.raises(DataError, match="contains 39 bytes of Python sources, but at least 1,000,000 are needed"):
         source_text(library)

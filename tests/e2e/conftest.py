@@ -1,15 +1,24 @@
-"""Runs of the commands, as a person would start them: from a folder of their own, nothing but the command line."""
+"""Runs the commands as a user would: from the command line, in a working directory of their own."""
 
+import importlib
+import io
+import logging
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 
+from local_attention.training import command, run_log
+
 ROOT = Path(__file__).resolve().parents[2]
+
+MIRROR = "http://127.0.0.1:9/enwik8.zip"  # nothing listens there
 
 TINY = [
     "data=file",
@@ -32,15 +41,18 @@ TINY = [
 ]
 
 
+DROPOUT = "model.ff_dropout=0.1"
+
+
 @dataclass
 class Commands:
-    """Starts the project's programs with ``folder`` as the working directory."""
+    """Runs the project's programs with ``folder`` as the working directory; ``text`` is a file to train on."""
 
     folder: Path
     text: Path
 
     def start(self, program, *arguments, **options):
-        environment = {**os.environ, "ENWIK8_MIRRORS": "http://127.0.0.1:9/enwik8.zip"}  # nothing listens there
+        environment = {**os.environ, "ENWIK8_MIRRORS": MIRROR}
         return subprocess.Popen(
             [sys.executable, str(ROOT / program), *arguments],
             cwd=self.folder,
@@ -49,6 +61,31 @@ class Commands:
             stderr=subprocess.PIPE,
             **options,
         )
+
+    def call(self, program, *arguments, stdin=b""):
+        """Like :meth:`run`, but within this process, which saves its start and imports; no signals."""
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        loggers = [logging.getLogger(name) for name in (None, *run_log.LOGGERS)]
+        before = {logger: (logger.level, logger.propagate, logger.handlers) for logger in loggers}
+        mode = ms.get_context("mode")
+        logging.getLogger().handlers = []  # those of pytest
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(self.folder)
+            patch.setenv("ENWIK8_MIRRORS", MIRROR)
+            patch.setattr(sys, "argv", [program, *arguments])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            patch.setattr(command, "deliver_to_python", lambda: None)
+            try:
+                module.main()
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        ms.set_context(mode=mode)
+        run_log._buffer.buffer.clear()
+        for logger, (level, logger.propagate, logger.handlers) in before.items():
+            logger.setLevel(level)
+        return subprocess.CompletedProcess(arguments, status, out.buffer.getvalue(), err.buffer.getvalue().decode())
 
     def run(self, program, *arguments):
         process = self.start(program, *arguments)
@@ -59,7 +96,7 @@ class Commands:
         return self.run("train.py", *TINY, f"data.path={self.text}", f"run_dir={run_dir}", *overrides)
 
     def train_until(self, line, number, run_dir, *overrides):
-        """Send the signal ``number`` once a line that begins with ``line`` is printed; returns status and output."""
+        """Train, and send the signal ``number`` when a line begins with ``line``; returns status, output and errors."""
         arguments = [*TINY, f"data.path={self.text}", f"run_dir={run_dir}", *overrides]
         process = self.start("train.py", *arguments)
         printed = []
@@ -81,10 +118,10 @@ def commands(tmp_path_factory):
 
 
 def some_text(size):
-    """Words of a made-up language, some more frequent than others, always the same.
+    """Return words of an artificial language with Zipf's distribution, always the same.
 
-    With another text a gradient may be next to nothing somewhere, of which Adam makes a step of full size all the same:
-    then runs that should agree differ there by their rounding errors, as large as the step.
+    With other texts a gradient may be almost zero somewhere, but Adam still makes a step of full size. Runs that should
+    agree then differ there because of rounding errors.
     """
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(ord("a"), ord("z") + 1, length).tolist()) for length in rng.integers(1, 9, 300)]
@@ -96,7 +133,7 @@ def some_text(size):
 
 @pytest.fixture(scope="session")
 def finished_run(commands):
-    """An uninterrupted run: its directory and what it printed."""
-    result = commands.train("runs/whole")
+    """An uninterrupted run with dropout: its directory and its output."""
+    result = commands.train("runs/whole", DROPOUT)
     assert result.returncode == 0, result.stderr
     return commands.folder / "runs/whole", result

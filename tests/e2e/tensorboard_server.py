@@ -1,4 +1,4 @@
-"""TensorBoard as a person starts it, asked over HTTP as a browser would."""
+"""A TensorBoard server, queried over HTTP like a browser does."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def tensorboard(run_dir):
-    """A server for ``run_dir``; gives a function from an address on it to the JSON there."""
+    """Start a server for ``run_dir``; yields a function that returns the JSON at an address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,7 +28,7 @@ def tensorboard(run_dir):
 
 
 def ask(url):
-    """The JSON at ``url``, as soon as the server has it."""
+    """Return the JSON at ``url``, waiting until the server has it."""
     for _ in range(120):
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:

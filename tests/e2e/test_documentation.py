@@ -1,4 +1,4 @@
-"""What the documentation shows: its Python runs and prints what the comments say, its picture is true."""
+"""The documentation: its Python code prints what the comments say, and its picture shows what the code does."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.local_attention import reference
 
 
 def python_of(page):
-    """The Python of a page as one program; all other lines are blank, so that a traceback names the page's line."""
+    """Return the Python code of a page as one program, with blank lines elsewhere so that line numbers match."""
     lines, inside = [], False
     for line in page.read_text().splitlines():
         if line.startswith("```"):
@@ -41,7 +41,7 @@ def test_the_python_of_a_page_runs_and_prints_what_its_comments_say(page, tmp_pa
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
-def test_a_panel_of_the_picture_shows_the_keys_that_are_seen(panel):
+def test_a_panel_of_the_picture_shows_the_visible_keys(panel):
     kinds, options = draw_visibility.kinds(panel), dict(panel.options)
     options.pop("autopad", None)
     shared_qk = options.pop("shared_qk", False)

@@ -16,7 +16,7 @@ LINE = re.compile(
 
 
 def scored(result):
-    """``(split, bpb, bytes, checkpoint, seq_len, stride)`` of the one line that is printed."""
+    """Parse the printed line; returns ``(split, bpb, bytes, checkpoint, seq_len, stride)``."""
     assert result.returncode == 0, result.stderr
     split, bpb, count, *rest, seq_len, stride = LINE.fullmatch(result.stdout.decode()).groups()
     return split, float(bpb), int(count.replace(",", "")), *rest, int(seq_len), int(stride)
@@ -32,7 +32,7 @@ def state_of(folder):
 
 @pytest.fixture
 def bare_checkpoint(finished_run, tmp_path):
-    """A checkpoint out of its run that says nothing of data, of a model without learned positions."""
+    """A checkpoint without its run and without information about data, of a model without learned positions."""
     last = (finished_run[0] / "checkpoints/last").resolve()
     meta, tensors = json.loads(last.with_suffix(".json").read_text()), load_file(last)
     del meta["data"], meta["sha256"], tensors["model.pos_emb.embedding_table"]
@@ -53,31 +53,31 @@ def test_every_byte_of_the_test_split_is_scored_as_at_the_end_of_the_run(finishe
     assert state_of(run_dir) == before
 
 
-def test_the_score_is_what_numpy_makes_of_the_logits_in_float64(finished_run, commands):
+def test_the_score_is_that_of_numpy_in_float64(finished_run, commands):
     model, _ = load_model(finished_run[0] / "checkpoints/best")
     text = np.frombuffer(commands.text.read_bytes(), np.uint8).astype(np.int32)
-    first, nats = len(text) * 95 // 100, 0.0
-    for start in range(first, len(text), 32):
-        window = text[start - 1 : start + 32]  # the byte before, and up to 32 to score
-        logits = model(ms.Tensor(window[None, :-1])).asnumpy()[0].astype(np.float64)
-        normaliser = np.log(np.exp(logits).sum(-1))
-        nats += (normaliser - logits[np.arange(len(window) - 1), window[1:]]).sum()
-    bpb = nats / (len(text) - first) / np.log(2)
+    first = len(text) * 95 // 100
+    windows = -(-(len(text) - first) // 32)
+    padding = np.zeros(first + windows * 32 - len(text), np.int32)
+    inputs = np.concatenate([text[first - 1 : -1], padding]).reshape(windows, 32)
+    logits = model(ms.Tensor(inputs)).asnumpy().astype(np.float64).reshape(windows * 32, -1)[: len(text) - first]
+    nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), text[first:]]
+    bpb = nats.mean() / np.log(2)
     assert summary_of(finished_run[0])["test_bpb"] == pytest.approx(bpb, abs=1e-5)
 
 
-def test_overlapping_windows_score_as_many_bytes_differently(finished_run, commands):
-    result = commands.run("scripts/evaluate.py", "run=runs/whole", "split=val", "stride=8", "batch_size=16")
+def test_overlapping_windows_score_the_same_number_of_bytes_differently(finished_run, commands):
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", "split=val", "stride=8", "batch_size=16")
     split, bpb, count, _, *lengths = scored(result)
     size = commands.text.stat().st_size
     assert (split, count, lengths) == ("val", size * 95 // 100 - size * 90 // 100, [32, 8])
     assert abs(bpb - summary_of(finished_run[0])["val_bpb"]) > 1e-3
 
 
-def test_other_bytes_than_the_runs_are_scored_with_a_warning_that_names_both(finished_run, commands, tmp_path):
+def test_other_data_than_that_of_the_run_is_scored_with_a_warning_that_names_both(finished_run, commands, tmp_path):
     other = tmp_path / "other, text"
     other.write_bytes(commands.text.read_bytes()[:2000])
-    result = commands.run("scripts/evaluate.py", "run=runs/whole", "checkpoint=last", f"data.path={other}")
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", "checkpoint=last", f"data.path={other}")
     assert scored(result)[2:4] == (100, "runs/whole/checkpoints/step-00000012.safetensors")
     (warning,) = [line for line in result.stderr.splitlines() if "warning" in line]
     last = finished_run[0] / "checkpoints/step-00000012.json"
@@ -88,7 +88,7 @@ def test_other_bytes_than_the_runs_are_scored_with_a_warning_that_names_both(fin
 
 def test_a_checkpoint_file_is_enough_and_longer_windows_need_no_learned_positions(bare_checkpoint, commands):
     arguments = [f"checkpoint={bare_checkpoint}", "data=file", f"data.path={commands.text}", "seq_len=40"]
-    result = commands.run("scripts/evaluate.py", *arguments)
+    result = commands.call("scripts/evaluate.py", *arguments)
     assert scored(result)[2:] == (3000, str(bare_checkpoint), 40, 40)
     assert "warning" not in result.stderr
 
@@ -115,14 +115,14 @@ def test_ctrl_c_ends_scoring_with_status_130_and_no_score(finished_run, commands
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )
-def test_a_mistake_in_evaluating_is_one_line_and_status_2(finished_run, commands, arguments, expected):
-    result = commands.run("scripts/evaluate.py", *arguments)
+def test_a_usage_error_is_one_line_and_status_2(finished_run, commands, arguments, expected):
+    result = commands.call("scripts/evaluate.py", *arguments)
     assert expected in one_line_error(result)
     assert result.stdout == b""
 
 
 def test_an_empty_split_is_refused(finished_run, commands, tmp_path):
     (tmp_path / "five").write_bytes(b"bytes")
-    result = commands.run("scripts/evaluate.py", "run=runs/whole", "split=val", f"data.path={tmp_path / 'five'}")
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", "split=val", f"data.path={tmp_path / 'five'}")
     assert result.returncode == 2
     assert "the val split of five is empty" in result.stderr.splitlines()[-1]

@@ -1,5 +1,4 @@
 import signal
-import subprocess
 
 import pytest
 
@@ -10,10 +9,10 @@ PROMPT = "class A: {b}, c"
 @pytest.fixture(scope="module")
 def sample(finished_run, commands):
     """30 bytes after ``PROMPT``."""
-    return commands.run("generate.py", *SAMPLE, f"prompt={PROMPT}").stdout
+    return commands.call("generate.py", *SAMPLE, f"prompt={PROMPT}").stdout
 
 
-def test_the_sampled_bytes_and_nothing_else_go_to_standard_output(finished_run, commands):
+def test_only_the_sampled_bytes_are_written_to_standard_output(finished_run, commands):
     result = commands.run("generate.py", "run=runs/whole", "prompt=def ", "length=50", "temperature=1")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout) == 50
@@ -21,40 +20,40 @@ def test_the_sampled_bytes_and_nothing_else_go_to_standard_output(finished_run, 
 
 
 def test_another_seed_gives_other_bytes(sample, commands):
-    assert commands.run("generate.py", *SAMPLE, f"prompt={PROMPT}", "seed=2").stdout != sample
+    assert commands.call("generate.py", *SAMPLE, f"prompt={PROMPT}", "seed=2").stdout != sample
 
 
-def test_the_first_of_several_samples_is_the_only_one_of_one(sample, commands):
-    three = commands.run("generate.py", *SAMPLE, f"prompt={PROMPT}", "num_samples=3").stdout
+def test_the_first_of_several_samples_is_that_of_a_single_one(sample, commands):
+    three = commands.call("generate.py", *SAMPLE, f"prompt={PROMPT}", "num_samples=3").stdout
     assert len(three) == 90
     assert three[:30] == sample
     assert len({three[:30], three[30:60], three[60:]}) == 3
 
 
-def test_a_prompt_from_a_file_or_standard_input_counts_like_the_same_text(sample, commands):
+def test_a_prompt_from_a_file_or_standard_input_is_used_like_the_same_text(sample, commands):
     (commands.folder / "runs/prompt").write_bytes(PROMPT.encode())
-    assert commands.run("generate.py", *SAMPLE, "prompt_file=runs/prompt").stdout == sample
-    process = commands.start("generate.py", *SAMPLE, "prompt_file=-", stdin=subprocess.PIPE)
-    assert process.communicate(PROMPT.encode(), timeout=300)[0] == sample
+    assert commands.call("generate.py", *SAMPLE, "prompt_file=runs/prompt").stdout == sample
+    result = commands.call("generate.py", *SAMPLE, "prompt_file=-", stdin=PROMPT.encode())
+    assert result.stdout == sample
 
 
-def test_temperature_zero_and_top_k_one_give_the_likeliest_bytes(sample, commands):
-    greedy = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=0", "seed=1").stdout
-    top_1 = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_k=1", "seed=2").stdout
-    narrow = commands.run("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_p=1e-9").stdout
+def test_temperature_zero_and_top_k_one_are_greedy(sample, commands):
+    greedy = commands.call("generate.py", "run=runs/whole", "length=30", "temperature=0", "seed=1").stdout
+    top_1 = commands.call("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_k=1", "seed=2").stdout
+    narrow = commands.call("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_p=1e-9").stdout
     assert greedy == top_1 == narrow != sample
 
 
-def test_the_last_and_the_best_checkpoint_can_be_named_and_any_by_path(finished_run, commands):
+def test_checkpoints_can_be_given_by_name_and_by_path(finished_run, commands):
     path = "runs/whole/checkpoints/step-00000012.safetensors"
     last, by_path = (
-        commands.run("generate.py", "run=runs/whole", f"checkpoint={name}", "length=20", "temperature=1").stdout
+        commands.call("generate.py", "run=runs/whole", f"checkpoint={name}", "length=20", "temperature=1").stdout
         for name in ("last", path)
     )
     assert last == by_path
 
 
-def test_without_a_length_sampling_goes_on_until_ctrl_c_which_ends_it_with_status_130(finished_run, commands):
+def test_with_length_0_sampling_continues_until_ctrl_c_with_status_130(finished_run, commands):
     process = commands.start("generate.py", "run=runs/whole", "length=0", "temperature=1")
     assert len(process.stdout.read(200)) == 200
     process.send_signal(signal.SIGINT)
@@ -63,7 +62,7 @@ def test_without_a_length_sampling_goes_on_until_ctrl_c_which_ends_it_with_statu
     assert b"bytes/s" in err and b"Traceback" not in err
 
 
-def test_a_closed_pipe_ends_sampling_quietly(finished_run, commands):
+def test_a_closed_pipe_ends_sampling_without_an_error(finished_run, commands):
     process = commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1")
     assert process.stdout.read(10)
     process.stdout.close()

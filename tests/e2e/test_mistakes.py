@@ -1,6 +1,8 @@
-"""Each mistake: one line on standard error that says what was expected, status 2, before anything is compiled."""
+"""Usage errors: one line on standard error that says what was expected, and status 2, before anything is compiled."""
 
 import pytest
+
+from tests.e2e.conftest import TINY
 
 
 def one_line_error(result, status=2):
@@ -30,10 +32,11 @@ def one_line_error(result, status=2):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_in_training_is_one_line_and_status_2(commands, overrides, expected):
+def test_a_usage_error_in_training_is_one_line_and_status_2(commands, overrides, expected):
     (commands.folder / "empty.txt").touch()
     try:
-        assert expected in one_line_error(commands.train("runs/mistaken", *overrides))
+        arguments = [*TINY, f"data.path={commands.text}", "run_dir=runs/mistaken", *overrides]
+        assert expected in one_line_error(commands.call("train.py", *arguments))
         assert not (commands.folder / "runs/mistaken").exists()
     finally:
         (commands.folder / "empty.txt").unlink()
@@ -50,12 +53,19 @@ def test_a_mistake_in_training_is_one_line_and_status_2(commands, overrides, exp
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )
-def test_a_mistake_in_sampling_is_one_line_and_status_2(commands, overrides, expected):
-    assert expected in one_line_error(commands.run("generate.py", *overrides))
+def test_a_usage_error_in_sampling_is_one_line_and_status_2(commands, overrides, expected):
+    assert expected in one_line_error(commands.call("generate.py", *overrides))
 
 
-def test_without_enwik8_and_network_the_error_names_the_ways_out(commands):
-    result = commands.run("train.py", f"data.dir={commands.folder / 'runs'}")
+@pytest.mark.parametrize(("program", "key"), [("train.py", "train.max_steps"), ("generate.py", "length")])
+def test_the_process_exits_with_status_2(commands, program, key):
+    result = commands.run(program, f"{key}z=3")
+    assert f"did you mean {key}?" in one_line_error(result)
+    assert result.stdout == b""
+
+
+def test_without_enwik8_and_network_the_error_names_the_alternatives(commands):
+    result = commands.call("train.py", f"data.dir={commands.folder / 'runs'}")
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert all(way in last for way in ("enwik8.zip", "data=stdlib", "data=file data.path="))
+    assert all(alternative in last for alternative in ("enwik8.zip", "data=stdlib", "data=file data.path="))

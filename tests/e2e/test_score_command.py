@@ -9,28 +9,28 @@ LINE = re.compile(r"(.+): (\d+\.\d{4}) bpb over ([\d,]+) bytes \(checkpoint (.+)
 
 
 def scored(result):
-    """``(file, bpb, bytes, checkpoint)`` of the one line that is printed."""
+    """Parse the printed line; returns ``(file, bpb, bytes, checkpoint)``."""
     assert result.returncode == 0, result.stderr
     file, bpb, count, checkpoint = LINE.fullmatch(result.stdout.decode()).groups()
     return file, float(bpb), int(count.replace(",", "")), checkpoint
 
 
 @pytest.fixture(scope="module")
-def short_text(commands):
-    path = commands.folder / "short, text"
+def short_text(finished_run, commands):
+    path = commands.folder / "runs/short, text"
     path.write_bytes(commands.text.read_bytes()[:700])
     return path
 
 
 def test_a_file_is_scored_in_one_line(finished_run, commands, short_text):
-    file, bpb, count, checkpoint = scored(commands.run("scripts/score.py", "run=runs/whole", f"file={short_text}"))
+    file, bpb, count, checkpoint = scored(commands.call("scripts/score.py", "run=runs/whole", f"file={short_text}"))
     assert (file, count) == (str(short_text), 700)
     assert 3 < bpb < 9
     assert checkpoint.startswith("runs/whole/checkpoints/step-")
 
 
 def test_standard_input_is_scored_as_the_same_file(finished_run, commands, short_text):
-    by_file = scored(commands.run("scripts/score.py", "run=runs/whole", f"file={short_text}"))
+    by_file = scored(commands.call("scripts/score.py", "run=runs/whole", f"file={short_text}"))
     process = commands.start("scripts/score.py", "run=runs/whole", "file=-", stdin=subprocess.PIPE)
     out, err = process.communicate(short_text.read_bytes(), timeout=300)
     by_input = scored(subprocess.CompletedProcess([], process.returncode, out, err.decode()))
@@ -46,5 +46,5 @@ def test_standard_input_is_scored_as_the_same_file(finished_run, commands, short
         (["run=runs/whole", "file=/dev/null"], "at least one byte"),
     ],
 )
-def test_a_mistake_is_one_line(finished_run, commands, arguments, message):
-    assert message in one_line_error(commands.run("scripts/score.py", *arguments), 2)
+def test_a_usage_error_is_one_line(finished_run, commands, arguments, message):
+    assert message in one_line_error(commands.call("scripts/score.py", *arguments), 2)

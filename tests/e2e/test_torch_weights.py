@@ -1,4 +1,4 @@
-"""Weights on their way to PyTorch and back, and what may be done with a run of imported ones."""
+"""Export of weights to PyTorch, import, and the use of an imported run."""
 
 import json
 
@@ -16,17 +16,17 @@ WINDOW = "model.local_attn_window_size=16"
 
 @pytest.fixture(scope="module")
 def exported(finished_run, commands):
-    """The file with the best weights of the run, and what was printed."""
+    """The file with the best weights of the run, and the output."""
     path = commands.folder / "runs/weights, exported.safetensors"
-    result = commands.run("scripts/export_torch.py", "run=runs/whole", f"output={path}")
+    result = commands.call("scripts/export_torch.py", "run=runs/whole", f"output={path}")
     assert (result.returncode, result.stderr) == (0, "")
     return path, result.stdout.decode()
 
 
 @pytest.fixture(scope="module")
 def imported(exported, commands):
-    """The run directory that the file has become."""
-    result = commands.run(IMPORT, f"weights={exported[0]}", "run_dir=runs/imported", WINDOW)
+    """The run directory of the imported weights."""
+    result = commands.call(IMPORT, f"weights={exported[0]}", "run_dir=runs/imported", WINDOW)
     assert (result.returncode, result.stderr) == (0, "")
     return commands.folder / "runs/imported"
 
@@ -43,7 +43,7 @@ def test_the_arguments_for_pytorch_are_printed(exported):
     )
 
 
-def test_weights_come_back_as_they_left(finished_run, imported):
+def test_exported_and_imported_weights_are_unchanged(finished_run, imported):
     left = model_tensors(finished_run[0] / "checkpoints/best")
     came = load_file(imported / "checkpoints/last")
     assert left.keys() == came.keys()
@@ -52,20 +52,20 @@ def test_weights_come_back_as_they_left(finished_run, imported):
 
 
 def test_an_imported_run_can_be_sampled(imported, commands):
-    result = commands.run("generate.py", "run=runs/imported", "prompt=import ", "length=30")
+    result = commands.call("generate.py", "run=runs/imported", "prompt=import ", "length=30")
     assert (result.returncode, len(result.stdout)) == (0, 30)
     assert "runs/imported/checkpoints/step-00000000.safetensors, step 0" in result.stderr
 
 
 def test_an_imported_run_has_the_same_score(finished_run, imported, commands):
     sizes = ["seq_len=32", "batch_size=8", "data=file", f"data.path={commands.text}"]
-    result = commands.run("scripts/evaluate.py", "run=runs/imported", *sizes)
+    result = commands.call("scripts/evaluate.py", "run=runs/imported", *sizes)
     assert scored(result)[1] == pytest.approx(summary_of(finished_run[0])["test_bpb"], abs=5.1e-5)
     assert "warning" not in result.stderr
 
 
-def test_an_imported_run_goes_on_from_its_weights(imported, commands):
-    """With other crops and another optimizer than the run that they come from; one step moves each by the rate."""
+def test_an_imported_run_continues_from_its_weights(imported, commands):
+    """With other data and another optimizer; one step of Adam changes each weight by the learning rate."""
     changes = ["train.batch_size=2", "train.grad_accum_every=1", "optimizer=adam", "optimizer.lr=1e-4", "seed=9"]
     changes += ["train.max_steps=1", "schedule=constant", "schedule.warmup_steps=0", "train.generate_length=1"]
     arguments = [*TINY, *changes, f"data.path={commands.text}", "resume=runs/imported", "run_dir=runs/continued"]
@@ -84,6 +84,6 @@ def test_weights_that_do_not_fit_are_one_line_and_leave_nothing(exported, comman
     state = load_file(exported[0])
     del state["layers.0.0.branch.to_qkv.weight"]
     save_file(state, commands.folder / "runs/less.safetensors")
-    result = commands.run(IMPORT, "weights=runs/less.safetensors", "run_dir=runs/less", WINDOW)
+    result = commands.call(IMPORT, "weights=runs/less.safetensors", "run_dir=runs/less", WINDOW)
     assert "missing: layers.0.0.branch.to_qkv.weight (96, 32)" in one_line_error(result)
     assert not (commands.folder / "runs/less").exists()

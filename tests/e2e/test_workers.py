@@ -1,4 +1,4 @@
-"""Several workers on this machine, by the launcher: what they compute together, and what becomes of a run with them."""
+"""Data parallelism with two processes on this machine, started by scripts/launch.sh."""
 
 import json
 import os
@@ -29,7 +29,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def loopback():
-    """Where there is none, as in some containers, msrun cannot start anything."""
+    """Skip where there is no loopback interface, as in some containers, since msrun needs it."""
     try:
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
@@ -38,7 +38,7 @@ def loopback():
 
 
 class Launched:
-    """A run of ``scripts/launch.sh 2`` that goes on beside the test."""
+    """A run of ``scripts/launch.sh 2`` in the background."""
 
     def __init__(self, commands, run_dir, *overrides):
         self.path = commands.folder / run_dir
@@ -53,7 +53,7 @@ class Launched:
         )
 
     def worker(self, rank):
-        """The process number of a worker."""
+        """Return the process id of a worker."""
         log = self.path / (f"worker-{rank}.log" if rank else "train.log")
         return int(re.search(rf"worker {rank} of 2: process (\d+)", log.read_text())[1])
 
@@ -79,7 +79,7 @@ def records(run_dir, kind):
 
 
 def assert_same_run(one, other, tolerance):
-    """Losses, norms, scores and everything in the last checkpoint agree."""
+    """Compare losses, norms, scores and the last checkpoints."""
     for kind, names in (("train", ("bpb", "grad_norm", "lr")), ("eval", ("bpb", "bytes_scored"))):
         assert len(records(one, kind)) == len(records(other, kind)) > 0
         for ours, theirs in zip(records(one, kind), records(other, kind)):
@@ -94,16 +94,16 @@ def assert_same_run(one, other, tolerance):
 
 @pytest.fixture(scope="module")
 def two(commands):
-    """An undisturbed run of two workers, and what it printed."""
+    """An undisturbed run of two workers, and its output."""
     return launch(commands, "runs/two", *OVERRIDES)
 
 
-def test_two_workers_compute_what_one_with_twice_the_batch_does(commands, two):
+def test_two_workers_compute_the_same_as_one_with_twice_the_batch(commands, two):
     run_dir, out = two
     result = commands.train("runs/one", *OVERRIDES, "train.batch_size=4")
     assert result.returncode == 0, result.stderr
     assert_same_run(run_dir, commands.folder / "runs/one", 1e-5)
-    assert "2 x 2 crops of 32 bytes a step of each of 2 workers" in out
+    assert "2 sequences x 32 bytes x 2 micro-batches per step in each of 2 workers" in out
     assert "DISTRIBUTED" not in out
 
 
@@ -114,7 +114,7 @@ def test_the_weights_of_both_are_identical_to_the_bit(two):
     assert digests[0] == digests[1]
 
 
-def test_worker_0_alone_writes_the_run_and_each_logs_to_its_own_file(two):
+def test_only_worker_0_writes_the_run_and_each_worker_has_a_log(two):
     run_dir, _ = two
     assert {path.name for path in run_dir.iterdir()} == {
         *("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "train.log", "worker-1.log"),
@@ -125,7 +125,8 @@ def test_worker_0_alone_writes_the_run_and_each_logs_to_its_own_file(two):
     assert scores[0] == scores[1]
 
 
-def test_a_signal_lets_two_workers_save_and_one_goes_on_with_their_run(commands, two):
+@pytest.mark.slow
+def test_after_a_signal_two_workers_save_and_one_continues_their_run(commands, two):
     run = Launched(commands, "runs/stopped", *OVERRIDES)
     run.wait_for_step(3)
     run.process.send_signal(signal.SIGINT)
@@ -142,7 +143,8 @@ def test_a_signal_lets_two_workers_save_and_one_goes_on_with_their_run(commands,
     assert_same_run(run.path, two[0], 1e-5)
 
 
-def test_a_killed_worker_ends_the_others_and_the_same_command_goes_on(commands, two):
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_others_and_the_same_command_continues(commands, two):
     undisturbed, _ = two
     run = Launched(commands, "runs/killed2", *OVERRIDES)
     run.wait_for_step(11)
@@ -154,13 +156,13 @@ def test_a_killed_worker_ends_the_others_and_the_same_command_goes_on(commands, 
     assert "error: worker 1 was killed by signal 9" in err
     assert time.monotonic() - begin < 60
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(other)], capture_output=True, text=True).stdout
-    assert state.strip()[:1] in ("", "Z")  # gone, or waiting for somebody to take note
+    assert state.strip()[:1] in ("", "Z")  # gone, or a zombie
     run_dir, out = launch(commands, "runs/killed2", *OVERRIDES)
-    assert "continuing runs/killed2" in out
+    assert "resuming from runs/killed2/checkpoints/step-" in out
     assert_same_run(run_dir, undisturbed, 0)
 
 
-def test_a_mistake_is_one_line(commands):
+def test_a_usage_error_is_one_line(commands):
     status, out, err = Launched(commands, "runs/mistake", "train.batchsize=3").end()
     assert (status, err) == (2, "")
     assert out == "error: train.batchsize: no such key; did you mean train.batch_size?\n"
@@ -168,7 +170,7 @@ def test_a_mistake_is_one_line(commands):
 
 
 @pytest.mark.parametrize("arguments", [[], ["experiment=quickstart"], ["0"]])
-def test_the_launcher_wants_a_number_of_workers(arguments):
+def test_the_launcher_requires_a_number_of_workers(arguments):
     result = subprocess.run([str(ROOT / "scripts/launch.sh"), *arguments], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: expected the number of workers")
@@ -176,7 +178,7 @@ def test_the_launcher_wants_a_number_of_workers(arguments):
 
 
 def test_a_worker_that_msrun_did_not_start_says_so(commands):
-    result = commands.train("runs/lonely", "parallel=data")
+    result = commands.call("train.py", "data=stdlib", "run_dir=runs/single", "parallel=data")
     assert result.returncode == 2
     assert result.stderr.startswith("error: parallel=data: expected to be started by msrun")
     assert result.stderr.count("\n") == 1

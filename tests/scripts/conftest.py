@@ -1,4 +1,4 @@
-"""Runs of tiny models, made and read without a process for each."""
+"""Runs of tiny models, created and read within the test process."""
 
 import mindspore as ms
 import numpy as np
@@ -24,7 +24,7 @@ def eager():
 
 @pytest.fixture
 def made():
-    """Makes a tiny model whose parameters are all random, and its config, of the options that differ."""
+    """Makes a tiny model with random parameters, and its config, from options that are not the default."""
 
     def made(**options):
         config = ModelConfig(**SIZES | options)
@@ -38,7 +38,7 @@ def made():
 
 @pytest.fixture
 def run(made, tmp_path):
-    """Makes a run of such a model after seven steps; its directory."""
+    """Makes a run of such a model at step 7; returns its directory."""
 
     def run(**options):
         model, config = made(**options)

@@ -29,7 +29,7 @@ def run(tmp_path):
     return make
 
 
-def test_runs_are_found_below_folders_and_listed_the_best_first_with_what_differs(run, tmp_path):
+def test_runs_are_found_in_folders_and_listed_by_score_with_differing_settings(run, tmp_path):
     run("sweep/a", 0.001, 2.25), run("sweep/b", 0.003, 2.125)
     runs = runs_below([tmp_path, tmp_path / "sweep"])
     assert [path.name for path in runs] == ["a", "b"]
@@ -43,7 +43,7 @@ def describe_all(runs):
     return [describe(run) for run in runs]
 
 
-def test_a_run_that_goes_on_shows_its_newest_figures(run):
+def test_an_unfinished_run_shows_its_newest_figures(run):
     common = dict(wall_s=1.0)
     records = [
         dict(kind="train", step=1, bytes_seen=100, bpb=8.0, bytes_per_s=50.0, **common),

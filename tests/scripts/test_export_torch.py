@@ -39,7 +39,7 @@ def arguments_of(printed):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_weights_of_a_run_are_written_under_the_original_s_names(run, tmp_path, options):
+def test_the_weights_of_a_run_are_written_with_the_names_of_the_original(run, tmp_path, options):
     run_dir = run(**options)
     state = export(tmp_path, f"run={run_dir}")
     model, _ = load_model(Checkpoints(run_dir / "checkpoints").find("best"))
@@ -50,7 +50,7 @@ def test_the_weights_of_a_run_are_written_under_the_original_s_names(run, tmp_pa
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_arguments_that_are_printed_build_the_model_in_pytorch(run, tmp_path, capsys, options):
+def test_the_printed_arguments_build_the_model_in_pytorch(run, tmp_path, capsys, options):
     state = export(tmp_path, f"run={run(**options)}")
     printed = capsys.readouterr().out
     assert printed.startswith(f"{tmp_path}/weights.safetensors: {tmp_path}/run/checkpoints/step-00000007.safetensors, ")
@@ -92,7 +92,7 @@ def test_a_checkpoint_file_needs_no_run(run, tmp_path):
     ],
     ids=str,
 )
-def test_what_the_original_cannot_be_is_refused_and_nothing_written(run, tmp_path, options, message):
+def test_options_that_the_original_lacks_are_refused_and_nothing_is_written(run, tmp_path, options, message):
     run_dir = run(**options)
     with pytest.raises(UsageError) as error:
         export(tmp_path, f"run={run_dir}")

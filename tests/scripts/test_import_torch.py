@@ -19,7 +19,7 @@ from tests.scripts.conftest import SIZES, logits
 from tests.training.toys import composed, examples
 
 WINDOW = f"model.local_attn_window_size={SIZES['local_attn_window_size']}"
-TOLD = [  # options that a state dict tells
+INFERRED = [  # options that are inferred from a state dict
     dict(),
     dict(num_tokens=300, max_seq_len=9, dim=12, depth=1),
     dict(heads=4, dim_head=2),
@@ -31,7 +31,7 @@ TOLD = [  # options that a state dict tells
     dict(use_abs_pos_emb=False),
     dict(num_residual_streams=2, qk_rmsnorm=True, gate_values_per_head=True, use_dynamic_pos_bias=True),
 ]
-ASKED = [  # options that it does not tell
+GIVEN = [  # options that must be given
     dict(local_attn_window_size=4),
     dict(look_backward=2, exact_windowsize=False),
     dict(use_xpos=True, xpos_scale_base=5.0),
@@ -43,7 +43,7 @@ ASKED = [  # options that it does not tell
 
 @pytest.fixture
 def weights(made, tmp_path):
-    """Writes the weights of a tiny model after a change of its state dict; its config, its model and the file."""
+    """Writes the weights of a tiny model after changing its state dict; returns its config, the model and the file."""
 
     def weights(change=lambda state: None, **options):
         model, config = made(**options)
@@ -57,7 +57,7 @@ def weights(made, tmp_path):
 
 @pytest.fixture
 def imported(tmp_path):
-    """Imports a file as the command does; the run directory."""
+    """Imports a file like the command; returns the run directory."""
 
     def imported(path, *overrides):
         run_dir = tmp_path / "run, imported"
@@ -83,9 +83,9 @@ def refusal(imported, path, *overrides):
 
 @pytest.mark.parametrize(
     ("options", "overrides"),
-    [(options, [WINDOW]) for options in TOLD]
-    + [(options, overrides_of(SIZES | options)) for options in (TOLD[0], TOLD[-1])]
-    + [(options, [WINDOW, *overrides_of(options)]) for options in ASKED],
+    [(options, [WINDOW]) for options in INFERRED]
+    + [(options, overrides_of(SIZES | options)) for options in (INFERRED[0], INFERRED[-1])]
+    + [(options, [WINDOW, *overrides_of(options)]) for options in GIVEN],
     ids=str,
 )
 def test_config_and_weights_are_those_of_the_model(weights, imported, options, overrides):
@@ -107,7 +107,7 @@ def test_logits_are_those_of_the_model(weights, imported):
     np.testing.assert_array_equal(logits(loaded), logits(model))
 
 
-def test_a_run_begins_at_step_0_and_is_bound_to_nothing_but_its_model(weights, imported):
+def test_a_run_starts_at_step_0_and_records_only_its_model(weights, imported):
     config, _, path = weights()
     run_dir = imported(path, WINDOW)
     tensors, meta = read(Checkpoints(run_dir / "checkpoints").find("last"))
@@ -134,14 +134,14 @@ def test_the_command_that_is_printed_trains_the_imported_model(weights, imported
         run_config(composed("train", *overrides))
 
 
-def test_positions_that_are_all_zero_are_none_unless_the_person_says_so(weights, imported):
+def test_positions_that_are_all_zero_are_dropped_unless_requested(weights, imported):
     _, _, path = weights(use_abs_pos_emb=False)
     run_dir = imported(path, WINDOW, "model.use_abs_pos_emb=true")
     loaded, _ = load_model(Checkpoints(run_dir / "checkpoints").find("last"))
     assert loaded.use_abs_pos_emb and not loaded.pos_emb.embedding_table.asnumpy().any()
 
 
-# What the state dict and the person tell
+# What is inferred and what is given
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def without_frequencies(state):
         del state[name]
 
 
-def test_heads_are_asked_for_where_the_weights_do_not_tell(weights, imported):
+def test_heads_must_be_given_if_they_cannot_be_inferred(weights, imported):
     _, _, path = weights(without_frequencies, heads=4, dim_head=6)
     message = refusal(imported, path, WINDOW)
     assert "model.heads=NUMBER or model.dim_head=NUMBER" in message and "24 channels" in message
@@ -188,14 +188,14 @@ def test_heads_or_their_size_are_enough(weights, imported, given):
 
 
 @pytest.mark.parametrize("options", [dict(gate_values_per_head=True), dict(qk_rmsnorm=True)])
-def test_gates_and_scales_of_channels_tell_the_heads_as_well(weights, imported, options):
+def test_heads_are_inferred_from_gates_and_scales(weights, imported, options):
     config, _, path = weights(without_frequencies, heads=4, dim_head=6, **options)
     _, meta = read(Checkpoints(imported(path, WINDOW) / "checkpoints").find("last"))
     assert meta["config"]["model"] == as_dict(config)
 
 
 @pytest.mark.parametrize(("dim", "ff_mult"), [(512, 4.0), (192, 4.0), (100, 2.7), (300, 3.5), (6, 3.0), (8, 1.5)])
-def test_the_simplest_ff_mult_is_what_a_person_would_have_written(dim, ff_mult):
+def test_the_simplest_ff_mult_is_the_original_value(dim, ff_mult):
     assert simplest_ff_mult(dim, inner_size(dim, ff_mult)) == ff_mult
 
 
@@ -264,5 +264,5 @@ def test_a_run_is_not_overwritten(weights, imported):
     _, _, path = weights()
     checkpoint = Checkpoints(imported(path, WINDOW) / "checkpoints").find("last")
     before = checkpoint.stat().st_mtime_ns
-    assert "run, imported holds a run already" in refusal(imported, path, WINDOW)
+    assert "run, imported already contains a run" in refusal(imported, path, WINDOW)
     assert checkpoint.stat().st_mtime_ns == before

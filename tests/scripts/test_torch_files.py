@@ -13,7 +13,7 @@ STATE = {"to_out.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "scale":
 
 
 class Tensor:
-    """Stands in for ``torch.Tensor``."""
+    """Replaces ``torch.Tensor``."""
 
     def __init__(self, array):
         self.array = np.asarray(array)
@@ -27,7 +27,7 @@ class Tensor:
 
 @pytest.fixture
 def torch(monkeypatch, tmp_path):
-    """Stands in for ``torch``: the file ``weights.pt`` holds ``torch.content``, or raises it."""
+    """Replaces ``torch``: the file ``weights.pt`` holds ``torch.content``, or raises it."""
     (tmp_path / "weights.pt").touch()
 
     def load(path, map_location, weights_only):
@@ -64,7 +64,7 @@ def test_other_types_are_read_as_float32(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_what_parallel_and_compiled_models_put_before_names_is_left_out(tmp_path, prefix):
+def test_prefixes_of_parallel_and_compiled_models_are_removed(tmp_path, prefix):
     write_state(str(tmp_path / "a.safetensors"), {prefix + name: array for name, array in STATE.items()})
     assert_same(read_state(str(tmp_path / "a.safetensors")), STATE)
 
@@ -77,13 +77,13 @@ def test_a_damaged_file_is_refused_naming_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
+def test_a_file_that_is_missing_is_named(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         read_state(str(tmp_path / name))
     assert error.value.filename == str(tmp_path / name)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path):
     path = tmp_path / "a.safetensors"
     write_state(str(path), STATE)
     with pytest.raises(AttributeError):
@@ -128,7 +128,7 @@ def test_without_pytorch_its_files_are_refused_and_safetensors_are_not(monkeypat
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.pt").touch()
     for call in (lambda path: read_state(path), lambda path: write_state(path, STATE)):
-        with pytest.raises(RunError, match=r"a\.pt takes PyTorch: pip install torch, or use a \.safetensors file"):
+        with pytest.raises(RunError, match=r"a\.pt needs PyTorch: pip install torch, or use a \.safetensors file"):
             call(str(tmp_path / "a.pt"))
     write_state(str(tmp_path / "a.safetensors"), STATE)
     assert_same(read_state(str(tmp_path / "a.safetensors")), STATE)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of a training run."""
+"""Fixtures of the tests of training."""
 
 import mindspore as ms
 import pytest
@@ -9,7 +9,7 @@ from tests.training.toys import Clock
 
 @pytest.fixture(scope="module", autouse=True)
 def graph_mode():
-    """Static graphs, as in a run; the mode found is put back."""
+    """Use static graphs, as a run does, and restore the mode afterwards."""
     before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)
     yield
@@ -18,7 +18,7 @@ def graph_mode():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The monotonic time of a run: stands still until a test moves it."""
+    """Replaces the monotonic clock of a run by one that the tests advance."""
     clock = Clock()
     monkeypatch.setattr(state, "time", clock)
     monkeypatch.setattr(callbacks, "time", clock)

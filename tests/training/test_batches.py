@@ -20,45 +20,45 @@ def sampler():
 
 
 def steps_of(sampler, first_step, count):
-    """The crops of the first ``count`` steps of a session."""
-    return [crops for (crops,) in islice(BatchIterator(sampler, TRAIN, first_step), count)]
+    """Return the batches of the first ``count`` steps after ``first_step``."""
+    return [batch for (batch,) in islice(BatchIterator(sampler, TRAIN, first_step), count)]
 
 
-def test_an_item_is_all_crops_of_one_step(sampler):
+def test_a_batch_contains_all_sequences_of_one_step(sampler):
     item = steps_of(sampler, 0, 5)[4]
     assert item.shape == (2, 3, 6)
     assert item.dtype == np.int32
-    np.testing.assert_array_equal(item.reshape(6, 6), sampler.crops(4 * 6, 6))
+    np.testing.assert_array_equal(item.reshape(6, 6), sampler.sequences(4 * 6, 6))
 
 
-def test_a_continued_run_sees_what_it_would_have_seen(sampler):
-    begun, continued = steps_of(sampler, 0, 20), steps_of(sampler, 8, 12)
-    assert len(begun) * 6 > sampler.sequences_per_epoch  # into the second epoch
-    np.testing.assert_array_equal(continued, begun[8:])
+def test_a_resumed_run_sees_the_sequences_of_an_uninterrupted_one(sampler):
+    uninterrupted, resumed = steps_of(sampler, 0, 20), steps_of(sampler, 8, 12)
+    assert len(uninterrupted) * 6 > sampler.sequences_per_epoch  # into the second epoch
+    np.testing.assert_array_equal(resumed, uninterrupted[8:])
 
 
-def test_steps_share_no_crop_within_an_epoch(sampler):
+def test_no_sequence_occurs_twice_within_an_epoch(sampler):
     steps = sampler.sequences_per_epoch // 6
-    crops = np.reshape(steps_of(sampler, 0, steps), (6 * steps, -1))
-    assert len({crop.tobytes() for crop in crops}) == 6 * steps
+    sequences = np.reshape(steps_of(sampler, 0, steps), (6 * steps, -1))
+    assert len({sequence.tobytes() for sequence in sequences}) == 6 * steps
 
 
 @pytest.mark.parametrize("first_step, steps", [(0, 20), (8, 12), (20, 0)])
-def test_there_are_as_many_items_as_steps_to_go(sampler, first_step, steps):
+def test_there_are_as_many_batches_as_remaining_steps(sampler, first_step, steps):
     assert len(BatchIterator(sampler, TRAIN, first_step)) == steps
     assert len(steps_of(sampler, first_step, 99)) == steps
 
 
-def test_without_max_steps_there_is_no_end(sampler):
+def test_without_max_steps_it_is_endless(sampler):
     assert len(BatchIterator(sampler, replace(TRAIN, max_steps=None), 8)) > 10**9
 
 
 @pytest.mark.parametrize("first_step", [0, 15])
-def test_the_dataset_gives_the_items_in_order(sampler, first_step):
+def test_the_dataset_yields_the_batches_in_order(sampler, first_step):
     items = steps_of(sampler, first_step, 99)
     dataset = batch_dataset(sampler, TRAIN, first_step)
     assert dataset.get_dataset_size() == len(items)
-    batches = [crops for (crops,) in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)]
+    batches = [batch for (batch,) in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)]
     np.testing.assert_array_equal(batches, items)
     assert batches[0].dtype == np.int32
 
@@ -76,7 +76,7 @@ print(next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))[0].sh
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the limit of memory that this test sets")
-def test_a_run_without_max_steps_keeps_no_list_of_its_steps():
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces this memory limit")
+def test_a_run_without_max_steps_makes_no_list_of_its_steps():
     done = subprocess.run([sys.executable, "-c", ENDLESS_RUN], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "(1, 4, 6)\n", done.stderr[-300:]

@@ -18,7 +18,7 @@ TOKENS = Tensor(np.random.default_rng(0).integers(0, 256, (2, 16)), ms.int32)
 
 @pytest.fixture(autouse=True)
 def eager(graph_mode):
-    """Models of many shapes, each used once."""
+    """Eager mode, as each model is used only once."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     yield
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -33,7 +33,7 @@ def shapes(model):
 
 
 def logits(model):
-    """Of equal weights, so that only the options make a difference."""
+    """Return the logits with fixed weights, so that only the options make a difference."""
     rng = np.random.default_rng(0)
     for parameter in model.trainable_params():
         parameter.set_data(Tensor(rng.standard_normal(parameter.shape) * 0.3, ms.float32))
@@ -59,7 +59,7 @@ def logits(model):
         ({"max_ngram": 2, "ngram_dim": 5}, "ngram_emb.embedding_table", (65521, 5)),
     ],
 )
-def test_sizes_reach_the_weights(options, name, shape):
+def test_sizes_determine_the_shapes_of_weights(options, name, shape):
     assert shapes(built(**options))[name] == shape
     assert shapes(built()).get(name) != shape
 
@@ -78,18 +78,18 @@ def test_sizes_reach_the_weights(options, name, shape):
         ({}, {"shared_qk": True}),
     ],
 )
-def test_options_without_weights_reach_the_computation(others, options):
+def test_options_without_weights_change_the_logits(others, options):
     assert abs(logits(built(**others, **options)) - logits(built(**others))).max() > 1e-3
 
 
 @pytest.mark.parametrize("option", ["attn_dropout", "ff_dropout"])
-def test_dropout_reaches_training_and_nothing_else(option):
+def test_dropout_applies_in_training_only(option):
     model, without = built(**{option: 0.5}), logits(built().set_train())
     assert abs(logits(model.set_train()) - without).max() > 1e-3
     np.testing.assert_array_equal(logits(model.set_train(False)), without)
 
 
-def test_learned_positions_can_be_left_out():
+def test_learned_positions_are_optional():
     assert "pos_emb.embedding_table" not in shapes(built(use_abs_pos_emb=False))
 
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_enough_to_rebuild_its_model(saved):
     assert loaded.training is False
 
 
-def test_a_checkpoint_that_is_older_than_an_option_is_of_a_model_without_it(saved):
+def test_a_checkpoint_older_than_an_option_is_loaded_with_its_default(saved):
     path, model = saved
     meta = json.loads(path.with_suffix(".json").read_text())
     kept = {*SMALL, "num_tokens", "ff_mult", "look_backward", "exact_windowsize", "use_abs_pos_emb"}
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_older_than_an_option_is_of_a_model_without_it(save
     np.testing.assert_array_equal(load_model(path)[0](TOKENS).asnumpy(), model(TOKENS).asnumpy())
 
 
-def test_a_checkpoint_whose_tensors_are_not_of_its_config_is_refused(saved):
+def test_a_checkpoint_whose_tensors_do_not_match_its_config_is_refused(saved):
     path, _ = saved
     meta = json.loads(path.with_suffix(".json").read_text())
     meta["config"]["model"]["dim"] = 24

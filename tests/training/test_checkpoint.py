@@ -33,7 +33,7 @@ def save(checkpoints, step, best=False):
 
 
 def steps(checkpoints):
-    """Of the checkpoints that are there, all of them readable."""
+    """Return the steps of all checkpoints, reading each of them."""
     return [read(path)[1]["step"] for path in checkpoints.complete()]
 
 
@@ -72,16 +72,16 @@ def test_weights_and_optimizer_state_come_back_as_they_were(checkpoints):
 
 
 def test_a_restored_run_takes_the_very_step_that_the_saved_one_would_have_taken(checkpoints):
-    crops = Tensor(np.random.default_rng(0).integers(0, TOKENS, (3, 1, 4, 9)), ms.int32)
+    batches = Tensor(np.random.default_rng(0).integers(0, TOKENS, (3, 1, 4, 9)), ms.int32)
     model, optimizer = parts(Bigram(0))
     step = TrainStep(model, optimizer, 1, 1.0).set_train()
-    step(crops[0]), step(crops[1])
+    step(batches[0]), step(batches[1])
     tensors, _ = read(checkpoints.save(tensors_of(model, optimizer), {"step": 2}))
-    step(crops[2])
+    step(batches[2])
 
     other, other_optimizer = parts(Bigram(1))
     restore(tensors, other, other_optimizer)
-    TrainStep(other, other_optimizer, 1, 1.0).set_train()(crops[2])
+    TrainStep(other, other_optimizer, 1, 1.0).set_train()(batches[2])
     wanted, got = tensors_of(model, optimizer), tensors_of(other, other_optimizer)
     assert abs(wanted["model.table"] - tensors["model.table"]).max() > 1e-5
     for name in wanted:
@@ -153,7 +153,7 @@ def cut(path):
     "damage, message",
     [
         (lambda path: path.unlink(), "no such checkpoint"),
-        (lambda path: sidecar(path).unlink(), r"without its step-00000001\.json"),
+        (lambda path: sidecar(path).unlink(), r"its sidecar step-00000001\.json is missing"),
         (cut, "cannot be read"),
         (lambda path: cut(sidecar(path)), "cannot be read"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
@@ -164,7 +164,7 @@ def cut(path):
         (lambda path: sidecar(path).write_text('{"step": 1}'), "has format None, expected 1"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_naming_the_file(checkpoints, damage, message):
+def test_a_corrupt_checkpoint_is_refused_naming_the_file(checkpoints, damage, message):
     path = save(checkpoints, 1)
     damage(path)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -178,14 +178,14 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
-def test_a_changed_bit_is_noticed(checkpoints):
+def test_a_flipped_bit_is_detected(checkpoints):
     path = save(checkpoints, 1)
     flip_a_bit(path)
-    with pytest.raises(CheckpointError, match="its checksum is not that of its sidecar"):
+    with pytest.raises(CheckpointError, match="its checksum differs from that in its sidecar"):
         read(path)
 
 
-def test_a_checkpoint_of_before_there_were_checksums_is_read(checkpoints):
+def test_an_old_checkpoint_without_checksum_can_be_read(checkpoints):
     path = save(checkpoints, 3)
     meta = json.loads(sidecar(path).read_text())
     del meta["sha256"]
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_before_there_were_checksums_is_read(checkpoints):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_damaged_checkpoints_are_passed_over_with_a_warning_for_the_newest_good_one(checkpoints, caplog, name):
+def test_corrupt_checkpoints_are_skipped_with_a_warning(checkpoints, caplog, name):
     paths = [save(checkpoints, step, best=True) for step in (1, 2, 3)]
     checkpoints.keep_last = 9
     paths += [save(checkpoints, 4, best=True)]
@@ -203,20 +203,20 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning_for_the_newest_good_
     assert checkpoints.find(name) == paths[1]
     assert [path.name in caplog.text for path in paths] == [False, False, True, True]
     flip_a_bit(paths[1])
-    with pytest.raises(CheckpointError, match=r"all checkpoints in \S+ are damaged"):
+    with pytest.raises(CheckpointError, match=r"all checkpoints in \S+ are corrupt"):
         checkpoints.find(name)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_no_checkpoint_holds_a_number_that_is_not_finite(checkpoints, value):
+def test_a_checkpoint_with_nan_or_infinity_is_not_written(checkpoints, value):
     save(checkpoints, 1)
     before = files(checkpoints)
-    with pytest.raises(RunError, match=r"step 2: model\.w holds NaN or infinity"):
+    with pytest.raises(RunError, match=r"step 2: model\.w contains NaN or infinity"):
         checkpoints.save({"model.w": np.array([1, value], np.float32)}, {"step": 2})
     assert files(checkpoints) == before
 
 
-def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(checkpoints):
+def test_incomplete_files_of_a_killed_process_are_removed_and_nothing_else(checkpoints):
     save(checkpoints, 1), save(checkpoints, 2, best=True)
     whole = files(checkpoints)
     for name in (".step-00000003.safetensors.partial-7", ".last.partial-7", "step-00000003.json"):
@@ -232,10 +232,10 @@ def test_a_sidecar_that_is_no_object_is_refused(checkpoints):
         read(path)
 
 
-# Links and which ones stay.
+# Links, and which checkpoints are kept.
 
 
-def test_last_leads_to_the_newest_and_best_to_the_best(checkpoints):
+def test_last_is_the_newest_and_best_the_best(checkpoints):
     save(checkpoints, 1, best=True)
     second, third = save(checkpoints, 2, best=True), save(checkpoints, 3)
     assert checkpoints.find("last") == third.resolve()
@@ -251,7 +251,7 @@ def test_a_checkpoint_can_be_read_by_its_link(checkpoints):
 @pytest.mark.parametrize(
     "keep_last, kept", [(1, [2, 6]), (2, [2, 5, 6]), (4, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])]
 )
-def test_the_newest_and_the_best_stay(tmp_path, keep_last, kept):
+def test_the_newest_and_the_best_are_kept(tmp_path, keep_last, kept):
     checkpoints = Checkpoints(tmp_path, keep_last)
     for step in range(1, 7):
         save(checkpoints, step, best=step == 2)
@@ -260,7 +260,7 @@ def test_the_newest_and_the_best_stay(tmp_path, keep_last, kept):
     assert files(checkpoints) == named | {"last", "best"}
 
 
-def test_what_last_leads_to_stays_though_others_are_newer(tmp_path):
+def test_last_is_kept_even_if_others_have_later_steps(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     for step in (10, 20, 15):
         save(checkpoints, step)
@@ -279,7 +279,7 @@ def test_without_checkpoints_nothing_is_found(checkpoints):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-def test_a_link_that_is_missing_or_leads_to_half_a_checkpoint_gives_the_newest_complete_one(tmp_path, name):
+def test_without_a_valid_link_the_newest_complete_checkpoint_is_found(tmp_path, name):
     checkpoints = Checkpoints(tmp_path, keep_last=5)
     for step in (1, 2, 3):
         path = save(checkpoints, step, best=True)
@@ -291,24 +291,24 @@ def test_a_link_that_is_missing_or_leads_to_half_a_checkpoint_gives_the_newest_c
     assert checkpoints.find(name).name == "step-00000002.safetensors"
 
 
-# Whole or not there.
+# Atomic writes.
 
 
 class PowerCut(BaseException):
-    """Nothing that a program would catch."""
+    """An exception that no program catches."""
 
 
-def half_of_it(tensors, path):
+def write_half(tensors, path):
     path.write_bytes(b"half")
     raise PowerCut
 
 
-def at_once(*_):
+def fail_immediately(*_):
     raise PowerCut
 
 
-@pytest.mark.parametrize("where, fail", [("save_file", half_of_it), ("write_text", at_once)])
-@pytest.mark.parametrize("step", [3, 2])  # a new one, and one that is there already
+@pytest.mark.parametrize("where, fail", [("save_file", write_half), ("write_text", fail_immediately)])
+@pytest.mark.parametrize("step", [3, 2])  # a new one, and an existing one
 def test_a_save_that_fails_midway_leaves_the_earlier_checkpoints(checkpoints, monkeypatch, where, fail, step):
     for earlier in (1, 2):
         save(checkpoints, earlier, best=earlier == 1)
@@ -325,13 +325,13 @@ def test_a_save_that_fails_midway_leaves_the_earlier_checkpoints(checkpoints, mo
 
 
 @pytest.mark.parametrize("failing_call", range(1, 20))
-def test_whichever_call_of_the_system_fails_a_complete_checkpoint_is_found(checkpoints, monkeypatch, failing_call):
+def test_after_a_failure_of_any_system_call_a_complete_checkpoint_is_found(checkpoints, monkeypatch, failing_call):
     checkpoints.keep_last = 1
     for step in (1, 2):
         save(checkpoints, step, best=step == 1)
     calls = 0
 
-    def fails_at_last(function):
+    def failing(function):
         def call(*args, **options):
             nonlocal calls
             calls += 1
@@ -342,10 +342,10 @@ def test_whichever_call_of_the_system_fails_a_complete_checkpoint_is_found(check
         return call
 
     with monkeypatch.context() as patch:
-        functions = {name: fails_at_last(getattr(os, name)) for name in ("open", "fsync", "replace")}
+        functions = {name: failing(getattr(os, name)) for name in ("open", "fsync", "replace")}
         patch.setattr(checkpoint, "os", SimpleNamespace(**{**vars(os), **functions}))
-        patch.setattr(checkpoint.Path, "unlink", fails_at_last(checkpoint.Path.unlink))
-        patch.setattr(checkpoint.Path, "symlink_to", fails_at_last(checkpoint.Path.symlink_to))
+        patch.setattr(checkpoint.Path, "unlink", failing(checkpoint.Path.unlink))
+        patch.setattr(checkpoint.Path, "symlink_to", failing(checkpoint.Path.symlink_to))
         try:
             save(checkpoints, 3)
         except PowerCut:
@@ -368,14 +368,14 @@ def test_a_file_is_flushed_before_it_is_moved_into_place(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "new"
 
 
-def test_a_file_is_whole_at_every_moment(tmp_path):
+def test_a_file_is_complete_at_every_moment(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
 
     def write(partial):
         partial.write_text("n")
         assert path.read_text() == "old"
-        assert partial.parent == path.parent  # elsewhere could be another file system, where no move is atomic
+        assert partial.parent == path.parent  # renaming is atomic within a file system only
         partial.write_text("new")
 
     write_atomically(path, write)

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data import DataError
 from local_attention.training import command as module
 from local_attention.training.checkpoint import CheckpointError
-from local_attention.training.command import command, explain, help_of, quoted, status_of
+from local_attention.training.command import command, explain, help_of, quote, run_task
 from local_attention.training.config import GenerateConfig, RunConfig
 from local_attention.training.errors import RunError, UsageError
 from local_attention.training.keys import keys_of
@@ -20,41 +20,41 @@ from tests.training.toys import composed, examples
 # Texts on the command line
 
 TEXT = st.text(st.sampled_from("'\"\\${}[]()=,:; ~#@?!*\n\tab1") | st.characters(codec="utf-8"), max_size=12)
-QUOTED = r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\""  # one text in quotes: taken without them
+QUOTED = r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\""  # a text in quotes: they are removed
 
 
 @given(texts=st.lists(TEXT, min_size=8, max_size=8))
 @example(['"Hello," she said. "Bye."', "'a' b 'c'", "'", "''", "'a\\'", '"a\\"', "it's", "a\\"])
 @example(["", " a ", "== a, b ==", "${prompt}", "\\${a}", "${", "a\\\\", "[1, 2]"])
 @examples(60)
-def test_hydra_gives_a_quoted_text_back_as_it_was(texts):
+def test_hydra_parses_a_quoted_text_as_it_was(texts):
     texts = [text for text in texts if text not in ("null", "???") and not re.fullmatch(QUOTED, text, re.DOTALL)]
     keys = [f"key{i}" for i in range(len(texts))]
-    arguments = [quoted(f"{key}={text}", keys) for key, text in zip(keys, texts)]
+    arguments = [quote(f"{key}={text}", keys) for key, text in zip(keys, texts)]
     config = composed("generate", *(f"+{argument}" for argument in arguments))
     assert [config[key] for key in keys] == texts
 
 
 @pytest.mark.parametrize("value", ["null", "'a, b'", '"a, b"', "'it\\'s'", "''"])
-def test_null_and_a_text_in_quotes_stay_as_they_are(value):
-    assert quoted(f"prompt={value}", ["prompt"]) == f"prompt={value}"
+def test_null_and_text_in_quotes_are_not_changed(value):
+    assert quote(f"prompt={value}", ["prompt"]) == f"prompt={value}"
 
 
 @pytest.mark.parametrize("argument", ["length=5", "promptly=a, b", "--help", "prompt", "+prompt=a, b", "~prompt"])
-def test_other_arguments_stay_as_they_are(argument):
-    assert quoted(argument, ["prompt"]) == argument
+def test_other_arguments_are_not_changed(argument):
+    assert quote(argument, ["prompt"]) == argument
 
 
 # Statuses
 
 
 def status_and_line(capsys, error):
-    """What a task that raises ``error`` leads to."""
+    """Return the exit status and the output of a task that raises ``error``."""
 
     def task(config):
         raise error
 
-    status = status_of(task, None)
+    status = run_task(task, None)
     return status, capsys.readouterr().err
 
 
@@ -67,7 +67,7 @@ def status_and_line(capsys, error):
         (RunError("expected this"), 1),
     ],
 )
-def test_an_error_for_a_person_is_one_line_and_its_status(capsys, error, status):
+def test_an_expected_error_is_one_line_and_its_status(capsys, error, status):
     assert status_and_line(capsys, error) == (status, "error: expected this\n")
 
 
@@ -81,11 +81,11 @@ def test_an_error_for_a_person_is_one_line_and_its_status(capsys, error, status)
         (OSError(28, "No space left on device", "a.txt"), 1),
     ],
 )
-def test_an_error_of_the_system_names_the_file(capsys, error, status):
+def test_a_system_error_names_the_file(capsys, error, status):
     assert status_and_line(capsys, error) == (status, f"error: a.txt: {error.strerror}\n")
 
 
-def test_an_error_of_the_system_without_a_file_is_its_text(capsys):
+def test_a_system_error_without_a_file_is_its_message(capsys):
     assert status_and_line(capsys, OSError("no device")) == (1, "error: no device\n")
 
 
@@ -93,36 +93,36 @@ def test_an_interrupted_task_has_status_130(capsys):
     assert status_and_line(capsys, KeyboardInterrupt()) == (130, "error: interrupted\n")
 
 
-def test_a_reader_that_has_enough_is_no_error(capsys, tmp_path, monkeypatch):
+def test_a_closed_pipe_is_no_error(capsys, tmp_path, monkeypatch):
     with (tmp_path / "stdout").open("w") as stdout:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout)
             assert status_and_line(capsys, BrokenPipeError(32, "Broken pipe"))[0] == 141
-        os.write(stdout.fileno(), b"to nobody")  # as the interpreter does at its end
+        os.write(stdout.fileno(), b"to nobody")  # as the interpreter does when it exits
     assert (tmp_path / "stdout").read_bytes() == b""
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ValueError("a bug"), SystemExit(7)])
-def test_any_other_exception_passes_with_its_traceback(error):
+def test_any_other_exception_is_raised(error):
     def task(config):
         raise error
 
     with pytest.raises(type(error)):
-        status_of(task, None)
+        run_task(task, None)
 
 
 @pytest.mark.parametrize("status", [None, 130])
 def test_the_status_of_a_task_that_returns_is_what_it_returns(status):
-    assert status_of(lambda config: status, None) == status
+    assert run_task(lambda config: status, None) == status
 
 
 @pytest.mark.parametrize("error", [UsageError("a\nb"), FileNotFoundError(2, "No such file or directory", "a\nb")])
-def test_an_error_is_one_line_though_the_value_it_names_has_several(capsys, error):
+def test_an_error_is_one_line_even_if_its_message_has_several(capsys, error):
     assert status_and_line(capsys, error)[1].count("\n") == 1
 
 
-# Errors of Hydra's
+# Errors of Hydra
 
 
 def explanation(override):
@@ -150,7 +150,7 @@ def test_an_unknown_key_or_group_is_one_line_that_names_what_there_is(override, 
 
 
 @pytest.mark.parametrize("override, shown", [("a b", "a b"), ("seed=1,2", "seed=1,2"), ("train.seq_len=[1", "[1")])
-def test_what_hydra_cannot_read_is_one_line_that_shows_it(override, shown):
+def test_invalid_syntax_is_one_line_that_shows_it(override, shown):
     assert shown in explanation(override)
 
 
@@ -160,7 +160,7 @@ def test_a_mistyped_group_is_answered_with_the_group(override):
     assert re.search(rf"did you mean {group}\b(?!\.)", explanation(override))
 
 
-# The whole
+# Whole commands
 
 GROUPS = {"model": "base", "data": "enwik8", "optimizer": "adamw", "schedule": "cosine", "experiment": "null"}
 
@@ -168,10 +168,10 @@ GROUPS = {"model": "base", "data": "enwik8", "optimizer": "adamw", "schedule": "
 @pytest.fixture
 def program(monkeypatch):
     """Runs a command line of ``generate.yaml`` or ``train.yaml`` and returns its status."""
-    for name in ("HYDRA_FULL_ERROR", "GLOG_v"):  # put back at the end
+    for name in ("HYDRA_FULL_ERROR", "GLOG_v"):  # restored at the end
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(module, "deliver_to_python", lambda: None)  # no thread that takes the signals of the tests
+    monkeypatch.setattr(module, "deliver_to_python", lambda: None)  # its thread would take the tests' signals
 
     def run(task, *arguments, name="generate", schema=GenerateConfig):
         namespace = {"__name__": "program", "task": task}

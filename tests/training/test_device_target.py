@@ -7,33 +7,38 @@ import pytest
 
 from local_attention.training import device
 from local_attention.training.config import TrainConfig
-from local_attention.training.device import estimated_bytes, peak_memory_bytes, use_device, warn_of_memory
+from local_attention.training.device import (
+    estimated_memory_bytes,
+    peak_memory_bytes,
+    use_device,
+    warn_if_memory_is_short,
+)
 from local_attention.training.errors import UsageError
 from tests.training.toys import tiny_transformer
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """What MindSpore is asked for."""
-    asked = []
-    monkeypatch.setattr(ms, "set_context", lambda **options: asked.append(options))
-    monkeypatch.setattr(ms, "set_device", lambda target: asked.append(target))
-    return asked
+def calls(monkeypatch):
+    """The calls of MindSpore."""
+    calls = []
+    monkeypatch.setattr(ms, "set_context", lambda **options: calls.append(options))
+    monkeypatch.setattr(ms, "set_device", lambda target: calls.append(target))
+    return calls
 
 
 @pytest.mark.parametrize("target", ["CPU", "GPU", "Ascend"])
-def test_static_graphs_are_compiled_for_the_target(asked, target):
+def test_static_graphs_are_compiled_for_the_target(calls, target):
     use_device(target)
-    assert asked == [{"mode": ms.GRAPH_MODE}, target]
+    assert calls == [{"mode": ms.GRAPH_MODE}, target]
 
 
-def test_auto_leaves_the_target_to_mindspore(asked):
+def test_auto_leaves_the_target_to_mindspore(calls):
     use_device("auto")
-    assert asked == [{"mode": ms.GRAPH_MODE}]
+    assert calls == [{"mode": ms.GRAPH_MODE}]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
-def test_a_target_that_mindspore_refuses_is_a_mistake_of_usage_in_one_line(asked, monkeypatch, kind):
+def test_an_unsupported_target_is_a_usage_error_in_one_line(calls, monkeypatch, kind):
     def refuse(target):
         raise kind("Unsupported device.\n\n----\n- The C++ call stack")
 
@@ -52,16 +57,16 @@ def test_peak_memory_is_in_bytes_on_each_system(monkeypatch, platform, unit):
     assert peak_memory_bytes() == 5000 * unit
 
 
-def test_a_run_that_does_not_fit_into_the_machine_is_warned_of_with_both_figures(monkeypatch, caplog):
+def test_a_run_that_needs_too_much_memory_is_a_warning_with_both_numbers(monkeypatch, caplog):
     model, train = tiny_transformer(dim=64, depth=2), TrainConfig(seq_len=1000, batch_size=10, grad_accum_every=1)
-    needed = estimated_bytes(model, train)
-    table = 2 * 65521 * 48  # of which there is one copy; of the linear layer behind it there are four
-    with_n_grams = estimated_bytes(tiny_transformer(dim=64, depth=2, max_ngram=3), train)
-    assert with_n_grams - needed == 4 * (table + 4 * 2 * 48 * 64)
+    needed = estimated_memory_bytes(model, train)
+    table = 2 * 65521 * 48  # one copy of it, but four of the linear layer that follows
+    with_ngrams = estimated_memory_bytes(tiny_transformer(dim=64, depth=2, max_ngram=3), train)
+    assert with_ngrams - needed == 4 * (table + 4 * 2 * 48 * 64)
     activations = 4 * 55 * 64 * 2 * 1000 * 10
     assert activations + 0.25e9 < needed < activations + 0.35e9
-    for there, warned in ((needed * 1.1, False), (needed * 0.9, True)):
-        monkeypatch.setattr(device.os, "sysconf", {"SC_PHYS_PAGES": there / 4096, "SC_PAGE_SIZE": 4096}.get)
+    for available, warned in ((needed * 1.1, False), (needed * 0.9, True)):
+        monkeypatch.setattr(device.os, "sysconf", {"SC_PHYS_PAGES": available / 4096, "SC_PAGE_SIZE": 4096}.get)
         caplog.clear()
-        warn_of_memory(model, train)
-        assert ("this run takes about 0.6 GB, and this machine has 0.5 GB" in caplog.text) == warned
+        warn_if_memory_is_short(model, train)
+        assert ("this run needs about 0.6 GB, and this machine has 0.5 GB" in caplog.text) == warned

@@ -15,26 +15,26 @@ DATA = np.random.default_rng(0).integers(0, 256, 150, dtype=np.uint8)
 
 
 @st.composite
-def stretches(draw):
+def spans(draw):
     first, length, seq_len = draw(st.integers(0, 50)), draw(st.integers(1, 300)), draw(st.integers(1, 40))
     return first, first + length, seq_len, draw(st.integers(1, seq_len))
 
 
-@given(stretches())
+@given(spans())
 @examples(300)
-def test_each_label_is_scored_once_and_in_order(stretch):
-    first, stop, _, _ = stretch
-    scored = [label for _, begin, end in windows(*stretch) for label in range(begin, end)]
+def test_each_label_is_scored_once_and_in_order(span):
+    first, stop, _, _ = span
+    scored = [label for _, begin, end in windows(*span) for label in range(begin, end)]
     assert scored == list(range(first, stop))
 
 
-@given(stretches())
+@given(spans())
 @examples(300)
-def test_later_windows_have_full_context(stretch):
-    first, stop, seq_len, stride = stretch
-    start, begin, end = next(windows(*stretch))
+def test_later_windows_have_full_context(span):
+    first, stop, seq_len, stride = span
+    start, begin, end = next(windows(*span))
     assert (start, begin, end) == (first, first, min(first + seq_len, stop))
-    for start, begin, end in list(windows(*stretch))[1:]:
+    for start, begin, end in list(windows(*span))[1:]:
         assert start <= begin - (seq_len - stride)
         assert begin < end <= min(start + seq_len, stop)
 
@@ -50,7 +50,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def evaluators(model):
-    """Two batch sizes, none of which divides the numbers of windows."""
+    """Evaluators with two batch sizes; 5 does not divide the numbers of windows."""
     return {batch_size: Evaluator(model, SEQ_LEN, batch_size) for batch_size in (1, 5)}
 
 
@@ -68,9 +68,9 @@ def log_p(model):
 
 
 def definition(log_p, start, stop, stride):
-    """Bits per byte, label by label: each in the earliest window that holds it."""
+    """Return the bits per byte, computed for each label in the first window that contains it."""
     text = np.concatenate([[10], DATA]).astype(np.int64)  # the byte before DATA[i] is text[i]
-    rows, places, labels = [], [], []
+    rows, positions, labels = [], [], []
     for label in range(start, stop):
         i = label - start
         window = 0 if i < SEQ_LEN else -(-(i - SEQ_LEN + 1) // stride)
@@ -79,16 +79,16 @@ def definition(log_p, start, stop, stride):
         known = text[begin : label + 1]
         row[: known.size] = known
         rows.append(row)
-        places.append(known.size - 1)
+        positions.append(known.size - 1)
         labels.append(DATA[label])
-    chosen = log_p(np.array(rows))[np.arange(len(rows)), places, labels]
+    chosen = log_p(np.array(rows))[np.arange(len(rows)), positions, labels]
     return -chosen.mean() / math.log(2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("stride", [None, SEQ_LEN, 5, 1])
 @pytest.mark.parametrize("start, stop", [(0, 1), (0, 37), (3, 3 + SEQ_LEN), (7, 90)])
-def test_the_score_is_the_mean_over_all_bytes_of_the_stretch(evaluators, log_p, start, stop, stride, batch_size):
+def test_the_score_is_the_mean_over_all_bytes_of_the_span(evaluators, log_p, start, stop, stride, batch_size):
     score = evaluators[batch_size](DATA, start, stop, stride)
     assert score.bytes_scored == stop - start
     assert score.bpb == pytest.approx(definition(log_p, start, stop, stride or SEQ_LEN), abs=1e-5)
@@ -96,10 +96,10 @@ def test_the_score_is_the_mean_over_all_bytes_of_the_stretch(evaluators, log_p, 
 
 def test_a_shorter_stride_gives_bytes_more_context(evaluators, log_p):
     scores = {stride: evaluators[5](DATA, 7, 90, stride).bpb for stride in (16, 5)}
-    assert abs(scores[16] - scores[5]) > 1e-4  # else the test above could not tell strides apart
+    assert abs(scores[16] - scores[5]) > 1e-4  # or the test above would not distinguish strides
 
 
-# A fake model: which bytes go where.
+# Inputs and labels, tested with a fake model.
 
 
 class FakeModel:
@@ -111,7 +111,7 @@ class FakeModel:
 
 
 def fake_evaluator():
-    """An evaluator whose model charges each label its value in bits, and keeps the inputs that it saw."""
+    """Return an evaluator whose model predicts each label with as many bits as its value; records the inputs."""
     evaluator = Evaluator(FakeModel(), SEQ_LEN, 3)
     evaluator.inputs, evaluator.modes = [], []
 
@@ -135,13 +135,13 @@ COUNT = np.arange(1, 200, dtype=np.uint8)
 
 @given(start=st.integers(0, 100), length=st.integers(1, 99), stride=st.integers(1, SEQ_LEN))
 @examples(50)
-def test_padding_and_missing_windows_are_not_counted(start, length, stride):
+def test_padding_is_not_counted(start, length, stride):
     score = fake_evaluator()(COUNT, start, start + length, stride)
     assert score.bytes_scored == length
     assert score.bpb == pytest.approx(COUNT[start : start + length].mean(), rel=1e-6)
 
 
-def test_the_first_byte_is_predicted_from_the_byte_before_the_stretch(fake):
+def test_the_first_byte_is_predicted_from_the_byte_before_the_span(fake):
     fake(COUNT, 50, 60)
     assert list(fake.inputs[0][0, :10]) == list(COUNT[49:59])
 
@@ -151,13 +151,13 @@ def test_the_first_byte_of_the_data_is_predicted_from_a_newline(fake):
     assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
 
 
-def test_all_calls_have_one_shape_so_that_one_graph_does(fake):
+def test_all_calls_have_one_shape_and_thus_one_graph(fake):
     fake(COUNT, 0, 5)
     fake(COUNT, 3, 150, 7)
     assert {inputs.shape for inputs in fake.inputs} == {(3, SEQ_LEN)}
 
 
-def test_progress_sees_each_batch(fake):
+def test_progress_wraps_the_batches(fake):
     seen = []
 
     def progress(batches):
@@ -170,7 +170,7 @@ def test_progress_sees_each_batch(fake):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_scores_in_evaluation_mode_and_is_put_back(fake, training):
+def test_the_model_is_in_evaluation_mode_only_while_scoring(fake, training):
     fake.model.training = training
     fake(COUNT, 0, 100)
     assert set(fake.modes) == {False}
@@ -180,7 +180,7 @@ def test_the_model_scores_in_evaluation_mode_and_is_put_back(fake, training):
 @pytest.mark.parametrize(
     "start, stop, stride", [(5, 5, None), (6, 5, None), (0, 9, SEQ_LEN + 1), (0, 9, -1), (0, 9, 0)]
 )
-def test_an_empty_stretch_and_a_stride_out_of_range_are_refused(fake, start, stop, stride):
+def test_an_empty_span_and_a_stride_out_of_range_are_refused(fake, start, stop, stride):
     with pytest.raises(ValueError, match=r"expected start < stop and a stride of 1 … 16, got"):
         fake(COUNT, start, stop, stride)
     assert not fake.inputs

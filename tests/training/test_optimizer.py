@@ -26,9 +26,9 @@ GRADIENTS = [{name: RNG.standard_normal(shape) * 0.01 for name, shape in SHAPES.
 
 
 def definition(config, rates):
-    """The weights after a step with each of ``rates``, by the papers' formulas (algorithms 1 and 2), in float64."""
+    """Return the weights after a step with each of ``rates``, by the formulas of the papers, in float64."""
     weights = {name: value.copy() for name, value in START.items()}
-    means, squares, sums = ({name: 0.0 for name in SHAPES} for _ in range(3))
+    means, squares, buffers = ({name: 0.0 for name in SHAPES} for _ in range(3))
     for step, (rate, gradients) in enumerate(zip(rates, GRADIENTS), 1):
         for name, gradient in gradients.items():
             means[name] = config.beta1 * means[name] + (1 - config.beta1) * gradient
@@ -36,10 +36,10 @@ def definition(config, rates):
             if config.name != "adam" and name in DECAYED:
                 weights[name] *= 1 - rate * config.weight_decay
             if config.name == "muon" and name in DECAYED:
-                sums[name] = config.momentum * sums[name] + gradient
-                direction = newton_schulz(gradient + config.momentum * sums[name])
-                tall = max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
-                weights[name] -= rate * config.muon_lr / config.lr * tall * direction
+                buffers[name] = config.momentum * buffers[name] + gradient
+                direction = newton_schulz(gradient + config.momentum * buffers[name])
+                aspect_ratio = max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
+                weights[name] -= rate * config.muon_lr / config.lr * aspect_ratio * direction
                 continue
             mean, square = means[name] / (1 - config.beta1**step), squares[name] / (1 - config.beta2**step)
             weights[name] -= rate * mean / (np.sqrt(square) + config.eps)
@@ -47,7 +47,7 @@ def definition(config, rates):
 
 
 def newton_schulz(x):
-    """Five steps towards the nearest matrix of orthogonal rows or columns, with Jordan's coefficients."""
+    """Five Newton-Schulz iterations with the coefficients of Jordan et al."""
     x = x / np.linalg.norm(x)
     for _ in range(5):
         square = x @ x.T
@@ -86,7 +86,7 @@ def test_the_directions_of_muon_have_singular_values_near_one_whatever_the_gradi
     assert singular.min() > 0.6 and singular.max() < 1.3
 
 
-def test_muon_is_for_the_matrices_within_layers_alone():
+def test_muon_is_used_for_the_matrices_within_layers_only():
     model = tiny_transformer(
         num_residual_streams=2, gate_values_per_head=True, use_dynamic_pos_bias=True, qk_rmsnorm=True
     )
@@ -97,13 +97,13 @@ def test_muon_is_for_the_matrices_within_layers_alone():
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 @pytest.mark.parametrize("change", [{}, {"beta1": 0.5}, {"beta2": 0.8}, {"eps": 0.03}, {"weight_decay": 0.9}])
-def test_steps_are_those_of_the_papers_with_each_option(name, change):
+def test_steps_follow_the_papers_with_each_option(name, change):
     config = replace(CONFIG, name=name, **change)
     assert_same(trained(config, RATES), definition(config, RATES))
 
 
 @pytest.mark.parametrize("change", [{"beta1": 0.5}, {"beta2": 0.8}, {"eps": 0.03}, {"weight_decay": 0.9}])
-def test_the_definition_tells_the_options_apart(change):
+def test_the_options_make_a_difference(change):
     changed, unchanged = definition(replace(CONFIG, **change), RATES), definition(CONFIG, RATES)
     assert max(abs(changed[name] - unchanged[name]).max() for name in SHAPES) > 1e-3
 
@@ -118,33 +118,33 @@ def test_adam_ignores_weight_decay():
     assert_same(trained(adam, RATES), trained(replace(adam, weight_decay=0.0), RATES))
 
 
-def test_matrices_of_linear_layers_decay_and_nothing_else():
+def test_only_matrices_of_linear_layers_decay():
     names = {parameter.name for parameter in tiny_transformer().trainable_params() if is_decayed(parameter)}
     layer = {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out"}
     layer |= {"feed_forward.to_value", "feed_forward.to_gate", "feed_forward.to_out"}
     assert names == {f"layers.0.{name}.weight" for name in layer} | {"to_logits.weight"}
 
 
-def test_adagrad_of_rows_is_that_of_its_definition_also_where_rows_occur_again():
+def test_row_adagrad_follows_its_definition_even_for_rows_that_occur_several_times():
     rng = np.random.default_rng(2)
     table = Parameter(Tensor(rng.standard_normal((9, 4)), ms.float32), name="table")
     weights, squares = table.asnumpy().astype(np.float64), np.zeros(9)
-    optimizer = RowAdagrad(table, relative_rate=3.0)
+    optimizer = RowAdagrad(table, lr_ratio=3.0)
     for rate in (0.1, 0.2):
-        keys, gradients = np.array([2, 7, 2, 0, 2, 7]), rng.standard_normal((6, 4))
-        for key, gradient in zip(keys, gradients):
-            squares[key] += (gradient**2).mean()
-        for key, gradient in zip(keys, gradients):
-            weights[key] -= 3 * rate * gradient / np.sqrt(squares[key])
-        optimizer(Tensor(keys, ms.int32), Tensor(gradients, ms.float32), Tensor(rate, ms.float32))
+        rows, gradients = np.array([2, 7, 2, 0, 2, 7]), rng.standard_normal((6, 4))
+        for row, gradient in zip(rows, gradients):
+            squares[row] += (gradient**2).mean()
+        for row, gradient in zip(rows, gradients):
+            weights[row] -= 3 * rate * gradient / np.sqrt(squares[row])
+        optimizer(Tensor(rows, ms.int32), Tensor(gradients, ms.float32), Tensor(rate, ms.float32))
         np.testing.assert_allclose(table.asnumpy(), weights, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
-def test_the_table_of_n_grams_alone_is_left_to_adagrad(name):
+def test_only_the_ngram_table_is_updated_by_adagrad(name):
     params = tiny_transformer(max_ngram=3, ngram_buckets=11).trainable_params()
     optimizer = build_optimizer(replace(CONFIG, name=name, ngram_lr=0.2), params)
     left = {p.name for p in params} - {p.name for p in optimizer.parameters}
-    assert left == {"ngram_emb.embedding_table"} and optimizer.of_ngrams.table.name in left
-    assert optimizer.of_ngrams.relative_rate == 0.2 / 0.05
-    assert build_optimizer(replace(CONFIG, name=name), tiny_transformer().trainable_params()).of_ngrams is None
+    assert left == {"ngram_emb.embedding_table"} and optimizer.ngram_optimizer.table.name in left
+    assert optimizer.ngram_optimizer.lr_ratio == 0.2 / 0.05
+    assert build_optimizer(replace(CONFIG, name=name), tiny_transformer().trainable_params()).ngram_optimizer is None

@@ -38,7 +38,7 @@ def made_run(path, *steps, best=None):
     return path
 
 
-def place(**values):
+def paths(**values):
     return find_run_paths(RunConfig(**values), "quickstart")
 
 
@@ -46,79 +46,79 @@ def step_of(path):
     return int(path.stem.removeprefix("step-"))
 
 
-# Where a run writes and what it continues.
+# Where a run writes and what it resumes from.
 
 
 @pytest.mark.parametrize("resume", ["auto", None])
 def test_without_run_dir_a_new_one_is_named_after_experiment_and_time(resume):
-    found = place(resume=resume)
+    found = paths(resume=resume)
     assert re.fullmatch(r"runs/quickstart/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", str(found.run_dir))
     assert found.checkpoint is None
     assert found.checkpoints == found.run_dir / "checkpoints"
-    assert not found.run_dir.exists()  # nothing is written yet
+    assert not found.run_dir.exists()  # nothing was written
 
 
 @pytest.mark.parametrize("resume", ["auto", None])
-def test_a_run_dir_without_checkpoint_is_begun(tmp_path, resume):
-    assert place(run_dir=str(tmp_path / "absent"), resume=resume) == RunPaths(tmp_path / "absent", None)
+def test_a_run_dir_without_checkpoint_is_a_new_run(tmp_path, resume):
+    assert paths(run_dir=str(tmp_path / "absent"), resume=resume) == RunPaths(tmp_path / "absent", None)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    assert place(run_dir=str(tmp_path / "empty"), resume=resume) == RunPaths(tmp_path / "empty", None)
+    assert paths(run_dir=str(tmp_path / "empty"), resume=resume) == RunPaths(tmp_path / "empty", None)
 
 
-def test_auto_continues_the_last_checkpoint_of_run_dir(tmp_path):
+def test_auto_resumes_from_the_last_checkpoint_in_run_dir(tmp_path):
     made_run(tmp_path / "a", 1, 2, best=1)
-    found = place(run_dir=str(tmp_path / "a"), resume="auto")
+    found = paths(run_dir=str(tmp_path / "a"), resume="auto")
     assert found.run_dir == tmp_path / "a"
     assert step_of(found.checkpoint) == 2
 
 
-def test_null_refuses_a_run_dir_that_holds_a_run(tmp_path):
+def test_null_refuses_a_run_dir_that_contains_a_run(tmp_path):
     made_run(tmp_path / "a", 1)
-    with pytest.raises(UsageError, match=r"a holds a run already: continue it with resume=auto, or name another run_d"):
-        place(run_dir=str(tmp_path / "a"), resume=None)
+    with pytest.raises(UsageError, match=r"a already contains a run: continue it with resume=auto, or use another"):
+        paths(run_dir=str(tmp_path / "a"), resume=None)
 
 
-def test_a_run_directory_is_continued_in_place(tmp_path):
+def test_a_run_directory_is_continued_in_paths(tmp_path):
     made_run(tmp_path / "a", 1, 2, best=1)
-    found = place(resume=str(tmp_path / "a"))
+    found = paths(resume=str(tmp_path / "a"))
     assert found.run_dir == tmp_path / "a"
     assert step_of(found.checkpoint) == 2
 
 
-def test_a_run_directory_is_continued_in_another_run_dir(tmp_path):
+def test_a_run_directory_is_resumed_in_another_run_dir(tmp_path):
     made_run(tmp_path / "a", 1, 2)
-    found = place(resume=str(tmp_path / "a"), run_dir=str(tmp_path / "b"))
+    found = paths(resume=str(tmp_path / "a"), run_dir=str(tmp_path / "b"))
     assert found.run_dir == tmp_path / "b"
     assert found.checkpoint.parent == (tmp_path / "a/checkpoints").resolve()
     assert step_of(found.checkpoint) == 2
 
 
-def test_a_run_directory_without_checkpoint_cannot_be_continued(tmp_path):
+def test_a_run_directory_without_checkpoint_cannot_be_resumed(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        place(resume=str(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
+        paths(resume=str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("name, step", [("step-00000001.safetensors", 1), ("best", 1), ("last", 2)])
-def test_a_checkpoint_begins_a_new_run(tmp_path, name, step):
+def test_a_checkpoint_starts_a_new_run(tmp_path, name, step):
     file = made_run(tmp_path / "a", 1, 2, best=1) / "checkpoints" / name
-    found = place(resume=str(file))
+    found = paths(resume=str(file))
     assert str(found.run_dir).startswith("runs/quickstart/")
     assert step_of(found.checkpoint.resolve()) == step
-    assert place(resume=str(file), run_dir="b").run_dir.name == "b"
+    assert paths(resume=str(file), run_dir="b").run_dir.name == "b"
 
 
-def test_resume_of_nothing_is_refused(tmp_path):
+def test_resume_from_a_missing_path_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"resume=\S*/nothing: no such run directory or checkpoint"):
-        place(resume=str(tmp_path / "nothing"))
+        paths(resume=str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("resume", ["a", "a/checkpoints/step-00000001.safetensors"])
-def test_another_run_in_run_dir_is_not_overwritten_by_a_continued_one(tmp_path, resume):
+def test_another_run_in_run_dir_is_not_overwritten_by_a_resumed_one(tmp_path, resume):
     made_run(tmp_path / "a", 1)
     made_run(tmp_path / "b", 7)
-    with pytest.raises(UsageError, match="b holds a run already"):
-        place(resume=str(tmp_path / resume), run_dir=str(tmp_path / "b"))
+    with pytest.raises(UsageError, match="b already contains a run"):
+        paths(resume=str(tmp_path / resume), run_dir=str(tmp_path / "b"))
 
 
 # Which checkpoint to sample from or score.
@@ -137,11 +137,11 @@ def test_any_other_name_is_a_file(tmp_path):
 def test_a_run_that_is_not_there_or_empty_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="nothing: no such run directory"):
         checkpoint_of(tmp_path / "nothing", "best")
-    with pytest.raises(CheckpointError, match="holds no checkpoint: was the run ended before the first one"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint: was the run ended before the first one"):
         checkpoint_of(tmp_path, "best")
 
 
-# What must stay the same.
+# What must not change in a resumed run.
 
 CORPUS = Corpus("some", np.arange(200, dtype=np.uint8))
 CHANGED = {  # key of a run's config: a value other than the default
@@ -173,7 +173,7 @@ FIXED |= {"seed", "optimizer.name", "train.seq_len", "train.batch_size", "train.
 
 
 def changed(key):
-    """The default config but for one value, and both values."""
+    """Return the default config with one changed value, and both values."""
     config = RunConfig()
     group, _, name = key.rpartition(".")
     holder = getattr(config, group) if group else config
@@ -185,12 +185,12 @@ def changed(key):
 
 
 def saved(config, corpus=CORPUS):
-    """As the metadata of a checkpoint come back from the disk."""
-    return json.loads(json.dumps(run_dir.origin(config, corpus)))
+    """Return the metadata of a checkpoint as they are read from disk."""
+    return json.loads(json.dumps(run_dir.provenance(config, corpus)))
 
 
 @pytest.mark.parametrize("key", sorted(FIXED))
-def test_what_makes_another_run_is_refused_naming_key_and_both_values(key):
+def test_changes_that_make_another_run_are_refused_naming_key_and_both_values(key):
     config, before, now = changed(key)
     with pytest.raises(UsageError) as error:
         check_same_run(config, CORPUS, saved(RunConfig()))
@@ -199,27 +199,30 @@ def test_what_makes_another_run_is_refused_naming_key_and_both_values(key):
 
 
 @pytest.mark.parametrize("key", sorted(set(keys_of(RunConfig)) - FIXED))
-def test_anything_else_may_change(key):
+def test_anything_else_may_change_and_is_logged(key, caplog):
+    caplog.set_level("INFO", logger="train")
     check_same_run(changed(key)[0], CORPUS, saved(RunConfig()))
+    is_logged = f"changed since the checkpoint: {key} from " in caplog.text
+    assert is_logged == (key not in ("run_dir", "resume") and not key.startswith("data."))  # data has a fingerprint
 
 
 def test_an_unchanged_config_is_the_same_run():
     check_same_run(RunConfig(), CORPUS, saved(RunConfig()))
 
 
-def test_other_bytes_are_refused_whatever_they_are_called():
+def test_other_data_is_refused_even_with_the_same_name():
     other = Corpus("some", CORPUS.bytes[::-1].copy())
     with pytest.raises(UsageError) as error:
         check_same_run(RunConfig(), other, saved(RunConfig()))
     assert f"data.fingerprint was {CORPUS.fingerprint} in the run and is {other.fingerprint} now" in str(error.value)
 
 
-def test_the_same_bytes_under_another_name_are_allowed():
+def test_the_same_data_with_another_name_is_allowed():
     check_same_run(RunConfig(), Corpus("other", CORPUS.bytes), saved(RunConfig()))
 
 
 @pytest.mark.parametrize("key", sorted(key for key in FIXED if "." in key))
-def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(key):
+def test_a_setting_that_the_checkpoint_does_not_record_had_its_default(key):
     group, name = key.split(".")
     meta = saved(RunConfig())
     del meta["config"][group][name]
@@ -229,7 +232,7 @@ def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(key):
         check_same_run(config, CORPUS, meta)
 
 
-def test_a_checkpoint_that_tells_nothing_but_its_model_goes_on_with_anything_else():
+def test_a_checkpoint_that_records_only_its_model_is_resumed_with_any_other_settings():
     meta = {"config": {"model": saved(RunConfig())["config"]["model"]}}
     for key in sorted(set(keys_of(RunConfig)) - {key for key in FIXED if key.startswith("model.")}):
         check_same_run(changed(key)[0], CORPUS, meta)
@@ -254,16 +257,18 @@ def test_config_yaml_can_be_read_back_into_the_same_config(tmp_path):
     assert run_config(OmegaConf.load(tmp_path / "runs/a/config.yaml")) == config
 
 
-def test_a_directory_that_is_there_gets_the_config_of_now(tmp_path):
-    os.close(run_dir.create(tmp_path, RunConfig()))  # as at the end of its process
+def test_an_existing_directory_gets_the_current_config(tmp_path):
+    os.close(run_dir.create(tmp_path, RunConfig()))  # as when its process ends
     run_dir.create(tmp_path, RunConfig(seed=5))
     assert run_config(OmegaConf.load(tmp_path / "config.yaml")).seed == 5
 
 
-@pytest.mark.parametrize("checkpoint, word", [(None, "writing"), ("x", "continuing")])
-def test_a_run_says_how_large_it_is_and_where(tmp_path, caplog, checkpoint, word):
+@pytest.mark.parametrize("checkpoint", [None, "x"])
+def test_size_and_paths_of_a_run_are_logged(tmp_path, caplog, checkpoint):
     caplog.set_level("INFO", logger="train")
     model = tiny_transformer()
     run_dir.announce(RunPaths(tmp_path, checkpoint), model, replace(TrainConfig(), grad_accum_every=2, batch_size=3))
     size = sum(parameter.asnumpy().size for parameter in model.trainable_params())
-    assert f"{size:,} parameters; 2 x 3 crops of 1,024 bytes a step; {word} {tmp_path}" in caplog.text
+    sizes = f"{size:,} parameters; 3 sequences x 1,024 bytes x 2 micro-batches per step"
+    assert caplog.messages[-1] == f"{sizes}; writing to {tmp_path}"
+    assert caplog.messages[:-1] == ([f"resuming from {checkpoint}"] if checkpoint else [])

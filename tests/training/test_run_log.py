@@ -26,7 +26,7 @@ def opened(tmp_path):
 
     yield open_log
     for log in logs:
-        log.close()  # may be closed already
+        log.close()  # may already be closed
 
 
 def lines(tmp_path):
@@ -50,7 +50,7 @@ def events(tmp_path, log):
 # metrics.jsonl
 
 
-def test_a_line_says_kind_step_bytes_seen_and_seconds_and_what_was_measured(opened, tmp_path, clock):
+def test_a_line_has_kind_step_bytes_seen_seconds_and_metrics(opened, tmp_path, clock):
     log, state = opened(), state_at(3)
     clock.now += 1.23456
     log.record("train", state, bpb=2.5, lr=1e-3)
@@ -81,7 +81,7 @@ def test_any_text_is_one_line(opened, tmp_path, text):
     assert records(tmp_path)[0]["text"] == text
 
 
-def test_a_new_session_goes_on_in_the_same_file(opened, tmp_path):
+def test_a_new_session_appends_to_the_same_file(opened, tmp_path):
     opened().record("train", state_at(1), bpb=3.0)
     opened(1).record("train", state_at(2), bpb=2.0)
     assert steps(tmp_path) == [1, 2]
@@ -95,7 +95,7 @@ def test_lines_after_the_resumed_step_are_dropped(opened, tmp_path):
     assert [(record["step"], record["bpb"]) for record in records(tmp_path)] == [(1, 3.0), (2, 3.0), (3, 2.0)]
 
 
-def test_a_run_that_begins_anew_keeps_no_line(opened, tmp_path):
+def test_a_new_run_drops_all_lines(opened, tmp_path):
     opened().record("train", state_at(1), bpb=3.0)
     opened(0)
     assert lines(tmp_path) == []
@@ -136,13 +136,13 @@ def test_tensorboard_has_the_sampled_texts(opened, tmp_path):
     assert b"Hello\nworld" in point.tensor_proto.string_val[0]
 
 
-def test_tensorboard_of_a_continued_run_has_the_points_of_its_metrics_and_no_others(opened, tmp_path):
+def test_tensorboard_of_a_resumed_run_has_exactly_the_points_of_its_metrics(opened, tmp_path):
     log = opened()
     for step in (1, 2, 3):
         log.record("train", state_at(step), bpb=3.0)
     log.record("sample", state_at(2), text="Hello", prompt="Say")
     (file,) = (tmp_path / "tensorboard").iterdir()
-    file.write_bytes(file.read_bytes()[:60])  # as a process leaves it that is killed before it could write more
+    file.write_bytes(file.read_bytes()[:60])  # as if the process was killed while writing
     log = opened(2)
     log.record("train", state_at(3), bpb=2.0)
     found = events(tmp_path, log)
@@ -152,9 +152,9 @@ def test_tensorboard_of_a_continued_run_has_the_points_of_its_metrics_and_no_oth
     assert times == sorted(times)
 
 
-def test_tensorboard_has_the_config_and_a_line_in_its_table_of_runs(opened, tmp_path):
+def test_tensorboard_has_the_config_and_hparams(opened, tmp_path):
     log = opened(0, {"optimizer": {"lr": 0.25}, "seed": 7, "resume": None})
-    log.compare({"test_bpb": 1.75}, 12)
+    log.log_hparams({"test_bpb": 1.75}, 12)
     found = events(tmp_path, log)
     (config,) = found.Tensors("config/text_summary")
     assert b"lr: 0.25" in config.tensor_proto.string_val[0]
@@ -163,15 +163,15 @@ def test_tensorboard_has_the_config_and_a_line_in_its_table_of_runs(opened, tmp_
     assert b"optimizer.lr" in settings and b"seed" in settings
 
 
-# The screen and train.log
+# The terminal and train.log
 
 
 @pytest.fixture
 def program_logging():
-    """Loggers as the program sets them up; put back as they were."""
+    """The loggers as set up by the program; restored afterwards."""
     loggers = {name: logging.getLogger(name) for name in run_log.LOGGERS}
     before = {name: (logger.level, logger.propagate, logger.handlers) for name, logger in loggers.items()}
-    run_log.log_to_screen()
+    run_log.log_to_terminal()
     yield loggers
     for name, logger in loggers.items():
         for handler in logger.handlers:
@@ -179,18 +179,18 @@ def program_logging():
                 handler.close()
         level, logger.propagate, logger.handlers = before[name]
         logger.setLevel(level)
-    run_log._kept.setTarget(None)
-    run_log._kept.buffer.clear()
+    run_log._buffer.setTarget(None)
+    run_log._buffer.buffer.clear()
 
 
-def test_the_screen_shows_what_is_for_people_without_marks(program_logging, capsys):
+def test_the_terminal_shows_messages_without_time_and_level(program_logging, capsys):
     program_logging["train"].info("compiled")
     program_logging["data"].warning("NOT ENWIK8")
     program_logging["train"].debug("only for the file")
     assert capsys.readouterr() == ("compiled\nNOT ENWIK8\n", "")
 
 
-def test_train_log_begins_with_what_was_said_before_the_directory_was_there(program_logging, tmp_path, capsys):
+def test_train_log_begins_with_the_messages_before_the_directory_existed(program_logging, tmp_path, capsys):
     program_logging["data"].info("before")
     run_log.log_to_file(tmp_path)
     program_logging["train"].info("after")
@@ -200,7 +200,7 @@ def test_train_log_begins_with_what_was_said_before_the_directory_was_there(prog
     assert capsys.readouterr().out == "before\nafter\n"
 
 
-def test_train_log_of_a_continued_run_is_added_to(program_logging, tmp_path):
+def test_a_resumed_run_appends_to_train_log(program_logging, tmp_path):
     (tmp_path / "train.log").write_text("earlier\n")
     run_log.log_to_file(tmp_path)
     program_logging["train"].info("later")
@@ -209,15 +209,15 @@ def test_train_log_of_a_continued_run_is_added_to(program_logging, tmp_path):
 
 
 class Closed(io.StringIO):
-    """A pipe that nobody reads any more."""
+    """A pipe whose reader has closed it."""
 
     def write(self, text):
         raise BrokenPipeError
 
 
-def test_a_closed_screen_does_not_end_a_run(program_logging, tmp_path, monkeypatch):
+def test_a_closed_pipe_does_not_end_a_run(program_logging, tmp_path, monkeypatch):
     run_log.log_to_file(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Closed())
-        program_logging["train"].info("to nobody")
-    assert "to nobody" in (tmp_path / "train.log").read_text()
+        program_logging["train"].info("unread")
+    assert "unread" in (tmp_path / "train.log").read_text()

@@ -18,15 +18,15 @@ def test_progress_is_by_minutes(clock):
     state.step = 10**6
     clock.now += 30
     assert state.progress == 0
-    state.agree(SINGLE_PROCESS)
+    state.synchronise(SINGLE_PROCESS)
     assert state.progress == 0.25
 
 
 @pytest.mark.parametrize("step, seconds, progress", [(30, 30, 0.75), (10, 90, 0.75), (10, 30, 0.25)])
-def test_of_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
+def test_with_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
     state = RunState(40, 2.0, step=step)
     clock.now += seconds
-    state.agree(SINGLE_PROCESS)
+    state.synchronise(SINGLE_PROCESS)
     assert state.progress == progress
 
 
@@ -34,7 +34,7 @@ def test_of_two_limits_the_nearer_one_counts(clock, step, seconds, progress):
 def test_a_run_is_finished_at_either_limit(clock, step, seconds, finished):
     state = RunState(40, 2.0, step=step)
     clock.now += seconds
-    state.agree(SINGLE_PROCESS)
+    state.synchronise(SINGLE_PROCESS)
     assert state.finished is finished
 
 
@@ -59,14 +59,14 @@ def test_wall_s_counts_earlier_sessions_too(clock):
     assert state.wall_s == 57
 
 
-def test_a_saved_state_comes_back_and_its_clock_goes_on(clock):
+def test_a_saved_state_is_restored_and_its_clock_continues(clock):
     state = RunState(10, None, step=3, bytes_seen=300, train_s=4.5, earlier_s=50.0, best_val_bpb=2.5, signal=15)
     clock.now += 7
-    meta = json.loads(json.dumps(state.saved()))
-    clock.now += 1000  # time in which the run stands still
+    meta = json.loads(json.dumps(state.state_dict()))
+    clock.now += 1000  # time between two sessions
     other = RunState(20, None)
     clock.now += 1
-    other.load(meta)
+    other.load_state_dict(meta)
     assert (other.step, other.bytes_seen, other.train_s, other.best_val_bpb) == (3, 300, 4.5, 2.5)
     assert other.wall_s == 58
     assert other.max_steps == 20  # the limit is that of the new session
@@ -75,5 +75,5 @@ def test_a_saved_state_comes_back_and_its_clock_goes_on(clock):
 
 def test_the_first_checkpoint_has_no_best_score(clock):
     other = RunState(20, None)
-    other.load(RunState(10, None).saved())
+    other.load_state_dict(RunState(10, None).state_dict())
     assert other.best_val_bpb is None

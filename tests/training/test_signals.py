@@ -37,7 +37,7 @@ HANDLED = """with StopOnSignal(state):
 
 @pytest.fixture
 def handlers():
-    """The handlers as they are, for a test that changes them."""
+    """The current handlers; restored afterwards."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield before
     for number, handler in before.items():
@@ -45,23 +45,23 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted_and_what_runs_goes_on(handlers, caplog, number):
+def test_a_signal_is_stored_and_does_not_interrupt(handlers, caplog, number):
     caplog.set_level("INFO", logger="train")
     state = SimpleNamespace(signal=None)
     with StopOnSignal(state):
         assert state.signal is None
         os.kill(os.getpid(), number)
         assert state.signal == number
-    assert "once more to stop at once" in caplog.text
+    assert "press Ctrl-C again to stop at once" in caplog.text
 
 
-def test_the_handlers_are_put_back(handlers):
+def test_the_handlers_are_restored(handlers):
     with StopOnSignal(SimpleNamespace(signal=None)):
         assert all(signal.getsignal(number) != handlers[number] for number in SIGNALS)
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 
 
-def test_the_handlers_are_put_back_after_an_error(handlers):
+def test_the_handlers_are_restored_after_an_error(handlers):
     with pytest.raises(ZeroDivisionError), StopOnSignal(SimpleNamespace(signal=None)):
         raise ZeroDivisionError
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
@@ -69,7 +69,7 @@ def test_the_handlers_are_put_back_after_an_error(handlers):
 
 @pytest.fixture
 def program():
-    """Starts a program with signals delivered to Python, and waits until it is ready."""
+    """Starts a program that delivers signals to Python, and waits until it is ready."""
     running = []
 
     def start(wait):

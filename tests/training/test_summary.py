@@ -9,17 +9,23 @@ import pytest
 
 from data import Corpus
 from local_attention.training import summary
-from local_attention.training.command import quoted
+from local_attention.training.command import quote
 from local_attention.training.evaluate import Score
 from local_attention.training.state import RunState
-from local_attention.training.summary import continue_command, interrupted, print_next_steps, score_splits, summarise
+from local_attention.training.summary import (
+    continue_command,
+    print_interruption,
+    print_next_steps,
+    score_splits,
+    write_summary,
+)
 from tests.training.toys import composed
 
 TEXT = ("data.path", "data.dir", "run_dir", "resume")  # as in train.py
 
 
 @pytest.fixture(autouse=True)
-def hear_the_log(caplog):
+def log_level(caplog):
     caplog.set_level("INFO", logger="train")
 
 
@@ -31,7 +37,7 @@ def state(clock):
 
 
 class Log(list):
-    """Stands in for a ``RunLog``."""
+    """Replaces a ``RunLog``."""
 
     def record(self, kind, state, **values):
         self.append((kind, state.step, values))
@@ -42,7 +48,7 @@ SCORES = {"val": Score(2.5, 100), "test": Score(2.25, 90)}
 
 def test_the_summary_has_these_keys_and_values(tmp_path, state, monkeypatch):
     monkeypatch.setattr(summary, "peak_memory_bytes", lambda: 123456789)
-    summarise(tmp_path, state, SCORES)
+    write_summary(tmp_path, state, SCORES)
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "steps": 40,
         "bytes_seen": 8000,
@@ -54,12 +60,12 @@ def test_the_summary_has_these_keys_and_values(tmp_path, state, monkeypatch):
     }
 
 
-def test_the_summary_is_said_in_a_line(tmp_path, state, caplog):
-    summarise(tmp_path, state, SCORES)
+def test_the_summary_is_logged_in_one_line(tmp_path, state, caplog):
+    write_summary(tmp_path, state, SCORES)
     assert "40 steps, 8,000 bytes in 0:20, 500 bytes/s while training" in caplog.text
 
 
-def test_all_of_validation_and_test_is_scored_recorded_and_said(state, caplog):
+def test_whole_validation_and_test_splits_are_scored_recorded_and_logged(state, caplog):
     corpus = Corpus("some", np.arange(200, dtype=np.uint8))
     seen, log = [], Log()
 
@@ -90,27 +96,27 @@ def test_scoring_shows_a_bar_on_a_terminal_only(state, monkeypatch, terminal):
     assert ("0/2" in shown.getvalue()) is terminal
 
 
-# The command that goes on
+# The command that continues a run
 
 
 def config_of(command):
-    """What Hydra makes of a shell's command line."""
+    """Return the config that Hydra composes from a command line."""
     python, program, *arguments = shlex.split(command)
     assert (python, program) == ("python", "train.py")
-    return composed("train", *(quoted(argument, TEXT) for argument in arguments))
+    return composed("train", *(quote(argument, TEXT) for argument in arguments))
 
 
 @pytest.mark.parametrize("run_dir", ["runs/a", "runs/it's a, ${b} & $HOME"])
-def test_a_continued_run_keeps_its_overrides_and_gets_its_directory(run_dir):
-    begun = ["experiment=quickstart", "model.dim=64", "data.path=my 'file', too", "run_dir=old", "resume=old/best"]
-    begun = [quoted(argument, TEXT) for argument in begun]  # as Hydra's overrides hold them
-    wanted = config_of(shlex.join(["python", "train.py", *begun]))
+def test_the_command_to_continue_keeps_overrides_and_adds_the_directory(run_dir):
+    original = ["experiment=quickstart", "model.dim=64", "data.path=my 'file', too", "run_dir=old", "resume=old/best"]
+    original = [quote(argument, TEXT) for argument in original]  # as in Hydra's list of overrides
+    wanted = config_of(shlex.join(["python", "train.py", *original]))
     wanted["run_dir"], wanted["resume"] = run_dir, "auto"
-    assert config_of(continue_command(run_dir, begun)) == wanted
+    assert config_of(continue_command(run_dir, original)) == wanted
     assert wanted["data"]["path"] == "my 'file', too"
 
 
-def test_changes_take_the_place_of_the_overrides_of_their_keys():
+def test_changes_replace_overrides_of_the_same_keys():
     overrides = ["train.max_steps=5", "train.max_minutes=1", "seed=3"]
     command = continue_command(Path("runs/a"), overrides, ["train.max_steps=10"])
     assert shlex.split(command)[2:] == [
@@ -118,15 +124,12 @@ def test_changes_take_the_place_of_the_overrides_of_their_keys():
     ]
 
 
-def test_an_interrupted_run_says_where_it_was_saved_and_how_to_go_on(state, caplog):
-    state.signal = 2
-    assert interrupted(Path("runs/a"), state, ["seed=3"]) == 130
+def test_an_interrupted_run_logs_where_it_was_saved_and_how_to_continue(state, caplog):
+    print_interruption(Path("runs/a"), state, ["seed=3"])
     assert caplog.messages == [
         "interrupted: saved step 40 in runs/a/checkpoints",
         "continue:  python train.py seed=3 run_dir=runs/a resume=auto",
     ]
-    state.signal = 15
-    assert interrupted(Path("runs/a"), state, []) == 143
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_an_interrupted_run_says_where_it_was_saved_and_how_to_go_on(state, capl
         ((None, 0.25), "train.max_minutes=0.5"),
     ],
 )
-def test_three_commands_are_said_at_the_end_the_last_for_a_run_twice_as_long(caplog, limits, longer):
+def test_the_end_logs_three_commands_the_last_for_a_run_twice_as_long(caplog, limits, longer):
     print_next_steps("runs/a b", RunState(*limits), ["seed=3", "train.max_steps=50"])
     kept = "seed=3" if limits[0] else "seed=3 train.max_steps=50"
     assert caplog.messages == [

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_attention.training.terminal import ByteOutput, as_text, duration, printable
+from local_attention.training.terminal import ByteOutput, as_text, format_duration, printable
 from tests.training.toys import examples
 
 
@@ -25,12 +25,12 @@ class Stream(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("text", ["a b", "a\nb\tc", "Grüße 🎈 中"])
-def test_printable_leaves_text_lines_and_tabs(text):
+def test_printable_keeps_text_newlines_and_tabs(text):
     assert printable(text) == text
 
 
 @pytest.mark.parametrize("sign", ["\x1b", "\x00", "\r", "\x07", "\x7f", "\x9b", "\u2028", "\u202e", "\u200b"])
-def test_printable_replaces_signs_that_move_the_cursor_or_hide(sign):
+def test_printable_replaces_control_and_invisible_characters(sign):
     assert printable(f"a{sign}b") == "a\ufffdb"
 
 
@@ -46,7 +46,7 @@ def test_text_is_itself(text):
     assert as_text(text.encode()) == text
 
 
-def test_what_is_no_utf8_is_replaced():
+def test_invalid_utf8_is_replaced():
     assert as_text(b"a\xffb\xc3") == "a\ufffdb\ufffd"
     assert as_text([72, 105]) == "Hi"  # tokens
 
@@ -64,10 +64,10 @@ def test_what_is_no_utf8_is_replaced():
     ],
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
-def test_a_pipe_gets_the_bytes_as_they_come():
+def test_a_pipe_gets_each_byte_immediately():
     stream = Stream(terminal=False)
     output = ByteOutput(stream)
     for i, byte in enumerate(b"\xc3\xbc\x1b\xff\x00"):
@@ -77,7 +77,7 @@ def test_a_pipe_gets_the_bytes_as_they_come():
     assert stream.shown == b"\xc3\xbc\x1b\xff\x00"
 
 
-def test_a_terminal_gets_a_character_of_several_bytes_when_it_is_complete():
+def test_a_terminal_gets_a_multibyte_character_when_it_is_complete():
     stream = Stream(terminal=True)
     output = ByteOutput(stream)
     shown = []
@@ -95,7 +95,7 @@ def test_a_terminal_gets_replacements_for_invalid_bytes_and_controls():
     assert stream.shown.decode() == "a\ufffdb\ufffd[2Jc\ufffdd"
 
 
-def test_the_end_shows_what_was_held_back_and_ends_the_line_of_a_terminal():
+def test_the_end_shows_an_incomplete_character_and_ends_the_line_of_a_terminal():
     stream = Stream(terminal=True)
     output = ByteOutput(stream)
     output.write(b"a\xe2\x82")
@@ -104,7 +104,7 @@ def test_the_end_shows_what_was_held_back_and_ends_the_line_of_a_terminal():
     assert stream.shown.decode() == "a\ufffd\n"
 
 
-def test_a_second_sample_begins_afresh():
+def test_a_second_sample_does_not_continue_a_character():
     stream = Stream(terminal=True)
     output = ByteOutput(stream)
     output.write(b"\xe2\x82")

@@ -1,4 +1,4 @@
-"""Small stand-ins for the parts of a training run, and what they must compute, in float64."""
+"""Small replacements for the parts of a training run, and reference implementations in float64."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,16 @@ from local_attention.transformer import LocalTransformer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = str(ROOT / "configs")
-TOKENS = 8  # of a Bigram
+TOKENS = 8  # vocabulary size of a Bigram
 
 
 def examples(count):
-    """Hypothesis settings for tests whose time and outcome must not vary."""
+    """Hypothesis settings for deterministic tests."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
 def composed(name, *overrides):
-    """What Hydra composes from a command line, its interpolations resolved, as plain dictionaries."""
+    """Return the config that Hydra composes from overrides, with interpolations resolved, as dictionaries."""
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         return OmegaConf.to_container(compose(name, list(overrides)), resolve=True)
 
@@ -35,7 +35,7 @@ def tiny_transformer(**options):
 
 
 class Bigram(nn.Cell):
-    """A language model that compiles in a second: the logits of the next token are a row of a table, plus a bias."""
+    """A language model that compiles fast: the logits of the next token are a row of a table plus a bias."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -44,8 +44,8 @@ class Bigram(nn.Cell):
             setattr(self, name, Parameter(Tensor(rng.standard_normal(shape), ms.float32), name=name))
         self.cross_entropy = CrossEntropy()
 
-    def construct(self, crops, return_loss=False):
-        return self.token_losses(crops[:, :-1], crops[:, 1:].reshape(-1)).mean()
+    def construct(self, sequences, return_loss=False):
+        return self.token_losses(sequences[:, :-1], sequences[:, 1:].reshape(-1)).mean()
 
     def token_losses(self, tokens, labels):
         return self.cross_entropy(ops.gather(self.table, tokens.reshape(-1), 0) + self.bias, labels)
@@ -53,13 +53,13 @@ class Bigram(nn.Cell):
 
 @dataclass
 class BigramDefinition:
-    """Loss in nats and gradients of a :class:`Bigram` by its definition, in float64."""
+    """Reference for the loss in nats and the gradients of a :class:`Bigram`, in float64."""
 
     table: np.ndarray
     bias: np.ndarray
 
-    def loss_and_gradients(self, crops):
-        tokens, labels = crops[..., :-1].reshape(-1), crops[..., 1:].reshape(-1)
+    def loss_and_gradients(self, sequences):
+        tokens, labels = sequences[..., :-1].reshape(-1), sequences[..., 1:].reshape(-1)
         log_p = log_softmax(self.table[tokens] + self.bias)
         error = (np.exp(log_p) - np.eye(TOKENS)[labels]) / labels.size
         table = np.zeros_like(self.table)
@@ -78,7 +78,7 @@ def global_norm(gradients):
 
 
 def weights_of(cell):
-    """Name to a copy of the value, in float64, of the trainable parameters."""
+    """Return copies of the trainable parameters in float64, by name."""
     return {parameter.name: parameter.asnumpy().astype(np.float64) for parameter in cell.trainable_params()}
 
 
@@ -88,7 +88,7 @@ def set_weights(cell, weights):
 
 
 def randomise(parameters, seed=0):
-    """Give floating parameters other values than any that an initialiser gives."""
+    """Set floating-point parameters to values that no initialiser gives."""
     rng = np.random.default_rng(seed)
     for parameter in parameters:
         if parameter.dtype == ms.float32:
@@ -96,7 +96,7 @@ def randomise(parameters, seed=0):
 
 
 class Clock:
-    """Stands in for the module ``time``."""
+    """Replaces the module ``time``."""
 
     def __init__(self):
         self.now = 1000.0

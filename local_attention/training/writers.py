@@ -1,0 +1,54 @@
+"""What writes to the run directory. Only the main process does; the other processes have silent counterparts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from mindspore import nn
+from mindspore.train import Callback
+
+from local_attention.training import run_dir
+from local_attention.training.callbacks import Save, Saver, save_nothing
+from local_attention.training.checkpoint import Checkpoints
+from local_attention.training.config import RunConfig, as_dict
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed
+from local_attention.training.profile import Profile
+from local_attention.training.run_log import NullRunLog, RunLog, log_to_file
+from local_attention.training.state import RunState
+
+if TYPE_CHECKING:
+    from data import Corpus
+
+
+class Writers(NamedTuple):
+    """The metrics log, the function that saves checkpoints, and the callbacks that write something else."""
+
+    run_log: RunLog | NullRunLog
+    save: Save
+    callbacks: list[Callback]
+
+
+def open_run_dir(
+    paths: run_dir.RunPaths,
+    config: RunConfig,
+    corpus: Corpus,
+    model: nn.Cell,
+    optimizer: nn.Optimizer,
+    state: RunState,
+    distributed: Distributed = SINGLE_PROCESS,
+) -> Writers:
+    """Create the run directory, start ``train.log``, and return what writes there in this process.
+
+    Raises:
+        UsageError: another run is writing to the directory.
+    """
+    if distributed.is_main:
+        run_dir.create(paths.run_dir, config)
+    distributed.barrier()
+    log_to_file(paths.run_dir, distributed.rank)
+    if not distributed.is_main:
+        return Writers(NullRunLog(), save_nothing, [])
+    checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
+    saver = Saver(checkpoints, model, optimizer, state, run_dir.provenance(config, corpus, distributed))
+    callbacks = [Profile(paths.run_dir)] if config.train.profile else []
+    return Writers(RunLog(paths.run_dir, state.step, as_dict(config)), saver, callbacks)

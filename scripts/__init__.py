@@ -1,0 +1,1 @@
+"""Utility scripts, run as ``python scripts/NAME.py``."""
