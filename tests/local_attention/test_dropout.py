@@ -10,13 +10,13 @@ from tests.local_attention.cells import both_modes, run
 ONES = np.ones((300, 200))
 
 
-def dropout(seed=0, share=0.25):
+def dropout(seed=0, rate=0.25):
     np.random.seed(seed)
-    return Dropout(share).set_train()
+    return Dropout(rate).set_train()
 
 
 @both_modes
-def test_a_share_becomes_zero_and_the_others_grow_in_training_only(mode, rng):
+def test_a_fraction_becomes_zero_and_the_others_grow_in_training_only(mode, rng):
     cell, x = dropout(), rng.standard_normal((4, 300, 50))
     dropped = run(cell, x)
     zero = dropped == 0
@@ -73,11 +73,11 @@ def test_cells_of_one_model_drop_different_elements():
     assert (run(cells[0], ONES) != run(cells[1], ONES)).mean() > 0.4
 
 
-def test_no_share_needs_no_cell():
+def test_a_rate_of_zero_needs_no_cell():
     assert dropout_cell(0.0) is None
 
 
-@pytest.mark.parametrize("share", [-0.1, 1, 1.5])
-def test_a_share_outside_0_to_1_is_refused(share):
-    with pytest.raises(ValueError, match=f"from 0 to below 1, got {share}"):
-        dropout_cell(share)
+@pytest.mark.parametrize("rate", [-0.1, 1, 1.5])
+def test_a_rate_outside_0_to_1_is_refused(rate):
+    with pytest.raises(ValueError, match=f"from 0 to below 1, got {rate}"):
+        dropout_cell(rate)

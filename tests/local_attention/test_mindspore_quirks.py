@@ -9,17 +9,18 @@ import einops
 import mindspore as ms
 import numpy as np
 import pytest
-from einops._backends import AbstractBackend, get_backend
-from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
+from einops._backends import get_backend
 from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.backends.blocked import Attend
 from local_attention.einops_mindspore import MindSporeBackend
 from local_attention.mindspore_quirks import (
+    AbstractBackend,
     addresses_of,
     assign_in_place,
     attach_hidden_parameter,
     call_without_checks,
+    einops_steps,
     tanh,
 )
 from tests.local_attention.cells import both_modes, in_a_graph, run, tensor, value_and_gradients
@@ -171,18 +172,16 @@ def test_cells_for_einops_are_needed(mode):
         run(ByEinops(), np.ones((2, 3)))
 
 
-def test_the_private_functions_of_einops_are_as_expected():
+def test_the_steps_of_einops_are_as_expected():
     """Of a split of heads, the order in which axes are moved; of a sum, which go; of a repetition, which come."""
-    recipe = _prepare_transformation_recipe("b n (h d) -> b h n d", "rearrange", ("h",), 3)
-    split, order, reduced, added, final, rank = _reconstruct_from_shape_uncached(recipe, [2, 5, 6], (("h", 3),))
+    split, order, reduced, added, final, rank = einops_steps(
+        "rearrange", "b n (h d) -> b h n d", (("h", 3),), (2, 5, 6)
+    )
     assert (list(split), list(order), list(reduced), dict(added), rank) == ([2, 5, 3, 2], [0, 2, 1, 3], [], {}, 4)
     assert final is None or list(final) == [2, 3, 5, 2]
-    recipe = _prepare_transformation_recipe("b n d -> d 1", "sum", (), 3)
-    _, order, reduced, _, final, _ = _reconstruct_from_shape_uncached(recipe, [2, 3, 4], ())
+    _, order, reduced, _, final, _ = einops_steps("sum", "b n d -> d 1", (), (2, 3, 4))
     assert sorted(order[axis] for axis in reduced) == [0, 1] and list(final) == [4, 1]
-    recipe = _prepare_transformation_recipe("a -> a c", "repeat", ("c",), 1)
-    added = _reconstruct_from_shape_uncached(recipe, [4], (("c", 3),))[3]
-    assert dict(added) == {1: 3}
+    assert dict(einops_steps("repeat", "a -> a c", (("c", 3),), (4,))[3]) == {1: 3}
 
 
 def test_einops_finds_the_backend_among_the_subclasses_of_its_base():

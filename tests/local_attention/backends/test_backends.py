@@ -238,6 +238,16 @@ def test_the_kernels_are_not_chosen_for_an_option_that_they_stop_declaring(name,
     assert choose_backend(backends, mha) is CachedMHA
 
 
+@needs_kernels
+def test_the_operator_of_the_feed_forward_is_not_chosen_for_what_it_does_not_declare(monkeypatch):
+    monkeypatch.setattr(FeedForwardOperator, "computes", FeedForwardOperator.computes - {"mult"})
+    model, x = transformer(), sequences(1, 2)
+    session = DecodingSession(model)
+    np.testing.assert_allclose(session.feed(x), run(model, x), atol=1e-4)
+    (layer,) = session.graphs[1].step.layers
+    assert (type(layer.attention), type(layer.feed_forward)) == (CachedMHAOperator, FeedForward)
+
+
 # The choice
 
 

@@ -45,13 +45,11 @@ def test_a_loop_decodes_given_tokens_and_then_those_it_samples():
     model, x, count = transformer(), sequences(2, 3), 5
     step, cache = decode_step(model)
     loop = DecodeLoop(step, 7, 11)
-    given = np.zeros((7, 2))
+    given = np.full((7, 2), -1)
     given[:3] = x.T
-    is_sampled = np.repeat(np.arange(7)[:, None] >= 3, 2, 1)
     sampled, logits = loop(
         tensor(count),
-        tensor(given.astype(int)),
-        tensor(is_sampled.astype(int)),
+        tensor(given),
         tensor(np.zeros((2, 1), int)),
         tensor(np.zeros((7, 2, 1))),
         *map(tensor, sampling_rule(11, temperature=0)),
