@@ -1,7 +1,8 @@
 """Write docs/api.md from the docstrings: ``make docs``.
 
 griffe reads the sources and does not import them, except for the declared options: their names, defaults and help are
-shown in a table. Docstrings are in Google's style; ``:class:`` and the like become links where the page has what they name.
+shown in a table. Docstrings are in Google's style; ``:class:`` and the like become links where the page has what they
+name.
 """
 
 import dataclasses
