@@ -102,9 +102,8 @@ class LocalAttention(nn.Cell):
     def encode(self, q, k, rotation):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.
 
-        Args:
-            rotation: cosines and sines of the positions of all rows for queries, times the scale of the scores, and
-                for keys, each ``(rows, d)``; not used without rotary embeddings.
+        ``rotation``: cosines and sines of the positions of all rows, ``(rows, d)`` each, for queries, where the scale
+        of the scores is a factor of them, and for keys; not used without rotary embeddings.
         """
         if self.l2_norm is not None:
             k = self.l2_norm(k.reshape((-1, k.shape[-1]))).reshape(k.shape)

@@ -14,8 +14,8 @@ from local_attention.options import LocalMHAOptions, accepts
 class LocalMHA(nn.Cell):
     """Multi-head attention within windows, of any length: ``x: (b, n, dim) -> (b, n, dim)``.
 
-    With ``qk_rmsnorm`` queries and keys are l2-normalised and multiplied by learned scales, one per channel (Dehghani
-    et al. 2023, arXiv 2302.05442, section 2, there with LayerNorm).
+    ``exact_windowsize`` is True unless given. With ``qk_rmsnorm``, queries and keys are l2-normalised and multiplied by
+    learned scales, one per channel (Dehghani et al. 2023, arXiv 2302.05442, section 2, there with LayerNorm).
 
     The arguments are those of :class:`LocalMHAOptions`.
 

@@ -69,7 +69,7 @@ def attention_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def product_flops(arguments: argparse.Namespace) -> int:
-    """Floating-point operations of the matrix products of a step. The backward pass has two products per product."""
+    """Floating-point operations of the matrix products of a step; backward takes twice those of forward."""
     inner, tokens = arguments.heads * arguments.dim_head, arguments.batch * arguments.length
     attention = 2 * (arguments.window + 1) * inner  # scores and weighted sum, for each key that a query attends to
     if arguments.attention:

@@ -1,10 +1,12 @@
 """Write docs/api.md from the docstrings: ``make docs``.
 
-griffe reads the sources and does not import them. Docstrings are in Google's style; ``:class:`` and the like become
-links where the page has what they name.
+griffe reads the sources and does not import them, except for the declared options: their names, defaults and help are
+shown in a table. Docstrings are in Google's style; ``:class:`` and the like become links where the page has what they name.
 """
 
+import dataclasses
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import indent
@@ -13,6 +15,11 @@ import griffe
 from griffe import DocstringSectionKind as Kind
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from local_attention import options
+from local_attention.training.keys import keys_of, markdown_table
+
 PAGE = ROOT / "docs" / "api.md"
 
 PACKAGE = "local_attention"
@@ -33,6 +40,8 @@ Made from the docstrings by `make docs`: edit those, not this page. What the opt
 LINE = 100  # characters; a longer signature has a line for each argument
 
 ROLE = re.compile(r":(?:py:)?(?:class|func|meth|mod|attr|data|exc|const|obj):`~?\.?([^`]+)`")
+# How a class says that its constructor takes the fields of a dataclass of local_attention.options.
+DECLARED = re.compile(r"The arguments are those of :class:`(\w+Options)`\.")
 LITERAL = re.compile(r"(?<!`)``([^`]+)``(?!`)")
 
 PUBLIC = (Kind.parameters, Kind.returns, Kind.yields)
@@ -118,14 +127,23 @@ def signature(thing: Documented) -> str:
     if isinstance(thing, griffe.Class):
         constructor = thing.all_members.get("__init__")
         target = constructor.final_target if isinstance(constructor, griffe.Alias) else constructor
-        line = (
-            target.signature(name=thing.name, return_type=False) if isinstance(target, griffe.Function) else thing.name
-        )
+        line = thing.name
+        if match := DECLARED.search(thing.docstring.value if thing.docstring else ""):
+            line = f"{thing.name}({', '.join(declared_arguments(getattr(options, match[1])))})"
+        elif isinstance(target, griffe.Function):
+            line = target.signature(name=thing.name, return_type=False)
     else:
         line = thing.signature()
     if len(line) > LINE:
         line = "\n".join(one_argument_per_line(line))
     return f"```python\n{line}\n```"
+
+
+def declared_arguments(schema: type) -> Iterator[str]:
+    if all(field.kw_only for field in dataclasses.fields(schema)):  # type: ignore[arg-type]
+        yield "*"
+    for name, option in keys_of(schema).items():
+        yield name if option.default is dataclasses.MISSING else f"{name}={option.default!r}"
 
 
 def one_argument_per_line(line: str) -> Iterator[str]:
@@ -161,7 +179,7 @@ def parse(written: griffe.Docstring) -> list[griffe.DocstringSection]:
 def markdown(section: griffe.DocstringSection) -> Iterator[str]:
     value = section.value
     if section.kind is Kind.text:
-        yield value
+        yield DECLARED.sub(lambda match: markdown_table(getattr(options, match[1])).rstrip(), value)
         return
     if section.kind is Kind.admonition:
         yield f"**{section.title or value.kind.capitalize()}**"

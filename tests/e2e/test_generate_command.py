@@ -63,10 +63,9 @@ def test_with_length_0_sampling_continues_until_ctrl_c_with_status_130(finished_
 
 
 def test_a_closed_pipe_ends_sampling_without_an_error(finished_run, commands):
-    process = commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1")
-    assert process.stdout.read(10)
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    process.wait(timeout=60)
+    with commands.start("generate.py", "run=runs/whole", "length=1000000", "temperature=1") as process:
+        assert process.stdout.read(10)
+        process.stdout.close()
+        err = process.stderr.read().decode()
     assert process.returncode == 141
     assert "Traceback" not in err and "error" not in err

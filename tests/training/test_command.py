@@ -98,7 +98,7 @@ def test_a_closed_pipe_is_no_error(capsys, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout)
             assert status_and_line(capsys, BrokenPipeError(32, "Broken pipe"))[0] == 141
-        os.write(stdout.fileno(), b"to nobody")  # as the interpreter does when it exits
+        os.write(stdout.fileno(), b"unread")  # as the interpreter does when it exits
     assert (tmp_path / "stdout").read_bytes() == b""
     assert capsys.readouterr().err == ""
 

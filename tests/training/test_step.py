@@ -149,7 +149,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_optimizer(opt
     step = TrainStep(model, build_optimizer(OptimizerConfig(optimizer), model.trainable_params()), 1, 1.0).set_train()
     good = weights_of(model)
     take(step, TOY_BATCH[:1])
-    bad = good["bias"] * 0 + broken * (np.arange(TOKENS) == 3)
+    bad = np.where(np.arange(TOKENS) == 3, broken, 0)
     set_weights(model, good | {"bias": bad})
     before = tensors_of(model, step.optimizer)
     loss, norm, *_ = take(step, TOY_BATCH[:1])
@@ -220,11 +220,11 @@ def test_micro_batches_train_ngrams_like_one_larger_batch():
 def test_the_gradients_of_ngram_rows_are_those_of_the_table():
     """The first step of Adagrad changes a row by the rate times its gradient over the root of its mean square."""
     model = tiny_transformer(**NGRAMS | dict(ngram_buckets=65521))
-    start, crop = weights_of(model), BATCH[0, :1]
-    gradients = ops.grad(LanguageModelLoss(model), None, [model.ngram_emb.embedding_table])(Tensor(crop))
+    start, sequence = weights_of(model), BATCH[0, :1]
+    gradients = ops.grad(LanguageModelLoss(model), None, [model.ngram_emb.embedding_table])(Tensor(sequence))
     gradient = gradients[0].asnumpy().astype(np.float64)
     optimizer = build_optimizer(OptimizerConfig(lr=1e-3, ngram_lr=0.5), model.trainable_params())
-    *_, after = take(TrainStep(model, optimizer, 1, 1.0).set_train(), crop[None])
+    *_, after = take(TrainStep(model, optimizer, 1, 1.0).set_train(), sequence[None])
     moved = after["ngram_emb.embedding_table"] - start["ngram_emb.embedding_table"]
     rows = np.unique(np.nonzero(gradient)[0])
     assert 25 < len(rows) <= 32
