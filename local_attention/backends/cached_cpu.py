@@ -46,8 +46,8 @@ class CachedMHAOperator(nn.Cell):
         norm, weights = mha.norm, (mha.to_q.weight, mha.to_k.weight, mha.to_v.weight, mha.to_out.weight)
         options = (gate, gate_bias, q_scale, k_scale, self.unit_keys)
         inputs = (rotation, mask, decay, self.keys, self.values, slots)
-        x = x.reshape((x.shape[0], x.shape[2]))
-        return self.attend_to_cache(x, norm.gamma, norm.beta, *weights, *options, *inputs)
+        rows = x.reshape((x.shape[0], x.shape[2]))
+        return self.attend_to_cache(rows, norm.gamma, norm.beta, *weights, *options, *inputs).reshape(x.shape)
 
 
 class FeedForwardOperator(nn.Cell):
@@ -61,6 +61,6 @@ class FeedForwardOperator(nn.Cell):
         self.ff, self.feed_forward = feed_forward, operator("feed_forward")
 
     def construct(self, x):
-        ff, x = self.ff, x.reshape((x.shape[0], x.shape[2]))
+        ff, rows = self.ff, x.reshape((x.shape[0], x.shape[2]))
         weights = (ff.to_value.weight, ff.to_gate.weight, ff.to_out.weight)
-        return self.feed_forward(x, ff.norm.gamma, ff.norm.beta, *weights)
+        return self.feed_forward(rows, ff.norm.gamma, ff.norm.beta, *weights).reshape(x.shape)
