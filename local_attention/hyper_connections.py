@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, nn, ops
 
+from local_attention.constants import shared_cell
 from local_attention.layers import AddBias
 from local_attention.mindspore_quirks import tanh
 
@@ -36,7 +37,7 @@ class HyperConnection(nn.Cell):
         self.static_beta = parameter(np.ones(streams), "static_beta")
         self.dynamic_beta_fn = parameter(np.zeros(dim), "dynamic_beta_fn")
         self.dynamic_beta_scale = parameter(0.01, "dynamic_beta_scale")
-        self.matmul, self.add_bias = ops.MatMul(), AddBias()
+        self.matmul, self.add_bias = ops.MatMul(), shared_cell(AddBias)
         self.mix, self.mix_tn = ops.BatchMatMul(), ops.BatchMatMul(transpose_a=True)
 
     def weights(self, x):
@@ -78,7 +79,7 @@ class Residual(nn.Cell):
 
 def connection(dim: int, streams: int, index: int) -> nn.Cell:
     """A :class:`HyperConnection` for several streams, a :class:`Residual` for one."""
-    return HyperConnection(dim, streams, index) if streams > 1 else Residual()
+    return HyperConnection(dim, streams, index) if streams > 1 else shared_cell(Residual)
 
 
 def expand_streams(x, streams):

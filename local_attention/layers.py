@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
+from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
 from local_attention.options import FeedForwardOptions, accepts
 
@@ -82,9 +83,9 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = Parameter(initializer("ones", (1, dim), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (1, dim), ms.float32), name="beta")
-        self.standardise, self.layer_norm = Standardise(dim), ops.LayerNorm(2, 1, 1e-5)
+        self.standardise, self.layer_norm = shared_cell(Standardise, dim), ops.LayerNorm(2, 1, 1e-5)
         self.matmul, self.matmul_nt = ops.MatMul(), ops.MatMul(transpose_b=True)
-        self.add_bias = AddBias()
+        self.add_bias = shared_cell(AddBias)
 
     def construct(self, x, weights):
         """Normalise ``x: (rows, dim)`` and multiply by each of ``weights``, all ``(d, dim)``, to ``(rows, d)``."""
@@ -157,7 +158,7 @@ class FeedForward(nn.Cell):
         dim, inner = options.dim, int(options.dim * options.mult * 2 / 3)
         self.norm = LayerNorm(dim)
         self.to_value, self.to_gate, self.to_out = dense(dim, inner), dense(dim, inner), dense(inner, dim)
-        self.geglu, self.matmul_nt = GEGLU(), ops.MatMul(transpose_b=True)
+        self.geglu, self.matmul_nt = shared_cell(GEGLU), ops.MatMul(transpose_b=True)
         self.dropout = dropout_cell(options.dropout)
 
     def construct(self, x):

@@ -6,15 +6,16 @@ from mindspore.ops import constexpr
 
 from local_attention.backends import choose_backend
 from local_attention.backends.blocked import BlockedAttention
+from local_attention.constants import shared_cell
 from local_attention.layers import L2Norm
 from local_attention.options import LocalAttentionOptions, accepts
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary
 
-# The score of a token for itself with shared queries and keys: chosen only where nothing else is seen (Kitaev et al.
-# 2020, arXiv 2001.04451, section 2).
+# Added to the score of a token for itself with shared queries and keys, so that it attends to itself only if it can
+# attend to nothing else (Kitaev et al. 2020, arXiv 2001.04451, section 2).
 TOKEN_SELF_ATTN_VALUE = -5e4
 
-# How queries meet the keys of the same sequence, the fastest first.
+# Backends that compute attention of a sequence to itself, the fastest first.
 SEQUENCE_BACKENDS = (BlockedAttention,)
 
 
@@ -48,13 +49,14 @@ class LocalAttention(nn.Cell):
         self.autopad, self.use_xpos, self.scale = options.autopad, options.use_xpos, options.scale
         self.look_backward, self.look_forward = options.look_backward, look_forward
         self.exact_windowsize = options.exact_windowsize
-        self.rel_pos = None
+        self.rotary = None
         if dim is not None and options.use_rotary_pos_emb:
             scale_base = options.xpos_scale_base
             if scale_base is None:
                 scale_base = max(options.window_size // 2, 1)
-            self.rel_pos = SinusoidalEmbeddings(dim, scale_base, options.use_xpos)
-        self.l2_norm = L2Norm() if options.shared_qk else None
+            self.rotary = shared_cell(SinusoidalEmbeddings, dim, scale_base, options.use_xpos)
+        self.has_decay = options.use_xpos and self.rotary is not None  # that of xPos
+        self.l2_norm = shared_cell(L2Norm) if options.shared_qk else None
         self.self_value = TOKEN_SELF_ATTN_VALUE if options.shared_qk else 0
         self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
 
@@ -91,25 +93,25 @@ class LocalAttention(nn.Cell):
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
-        rotation = ()
-        if self.rel_pos is not None:
-            scale = self.score_scale(d)
-            rotation = self.rel_pos.tables(groups, length, scale) + self.rel_pos.tables(groups, length, 1.0)
-        q, k = self.encode(q, k, rotation)
+        if self.rotary is None:
+            q, k = self.scale_and_rotate(q, k)
+        else:
+            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d))
+            k_cos, k_sin = self.rotary.tables(groups, length, 1.0)
+            q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
         out = self.attend(q, k, v, self.mask_spec(window), mask, attn_bias)
         return out.reshape((*shape[:-1], e))
 
-    def encode(self, q, k, rotation):
+    def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.
 
-        ``rotation``: cosines and sines of the positions of all rows, ``(rows, d)`` each, for queries, where the scale
-        of the scores is a factor of them, and for keys; not used without rotary embeddings.
+        The cosines and sines of the positions of all rows, ``(rows, d)`` each, are not used without rotary embeddings.
+        Those of queries contain the scale of the scores as a factor.
         """
         if self.l2_norm is not None:
             k = self.l2_norm(k.reshape((-1, k.shape[-1]))).reshape(k.shape)
-        if self.rel_pos is None:
+        if self.rotary is None:
             return q * self.score_scale(q.shape[-1]), k
-        q_cos, q_sin, k_cos, k_sin = rotation
         return apply_rotary(q, q_cos, q_sin), apply_rotary(k, k_cos, k_sin)
 
     def score_scale(self, d: int) -> float:

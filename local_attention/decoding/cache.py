@@ -1,6 +1,6 @@
 """The KV cache: of each layer the keys and values that later tokens can still see."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -87,10 +87,10 @@ class KVCache:
 
         angles, q_factor = np.zeros((steps, count, d)), np.full((count, d), attention.score_scale(d))
         decay = np.zeros((steps, 1, 1))
-        if attention.rel_pos is not None:
-            angles = rotary_angles(positions.reshape(-1), d, attention.rel_pos.theta).reshape(angles.shape)
-            if attention.use_xpos:
-                base = attention.rel_pos.scale_base
+        if attention.rotary is not None:
+            angles = rotary_angles(positions.reshape(-1), d, attention.rotary.theta).reshape(angles.shape)
+            if attention.has_decay:
+                base = attention.rotary.scale_base
                 q_factor = q_factor * xpos_decay(np.arange(count), d, base)
                 decay = xpos_decay((positions[:, :1] - keys).reshape(-1), d, base).reshape((steps, -1, d))
         cos, sin = np.cos(angles), np.sin(angles)
@@ -108,5 +108,4 @@ class KVCache:
 
     def max_chunk(self) -> int:
         """The most tokens per step that the decay of xPos, ``3.5 ** (chunk / base)``, allows in float32."""
-        rotary: Any = self.attention.rel_pos
-        return max(1, int(55 * rotary.scale_base)) if rotary is not None and self.attention.use_xpos else 2**31
+        return max(1, int(55 * self.attention.rotary.scale_base)) if self.attention.has_decay else 2**31
