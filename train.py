@@ -73,6 +73,7 @@ def main(composed: DictConfig) -> int | None:
             dataset = batch_dataset(sampler, train, state.step, distributed)
             compile_step(step, train)
             ms.Model(step).train(1, dataset, callbacks=callbacks, dataset_sink_mode=False)
+            state.synchronise(distributed)  # a signal may have come since the last step
     distributed.require_same_weights(model.get_parameters())  # also waits for the last checkpoint
     if state.failure:
         raise RunError(state.failure)

@@ -162,7 +162,7 @@ class FeedForward(nn.Cell):
         self.dropout = dropout_cell(options.dropout)
 
     def construct(self, x):
-        """``x: (..., dim)``, returns the like."""
+        """``x: (..., dim)``, returns the same shape."""
         rows = x.reshape((-1, x.shape[-1]))
         value, gate = self.norm(rows, (self.to_value.weight, self.to_gate.weight))
         inner = self.geglu(value, gate)

@@ -1,8 +1,8 @@
 """The options of the library, each declared once: name, type, range, default and one line of help.
 
-The arguments of the constructors and their checks (:func:`accepts`), the keys of the application's configs with their
-messages and ``--help``, the tables of the documentation (:func:`markdown_table`), and what can be exported to PyTorch
-come from here. Pydantic does the checking. Imports nothing slow: command lines are checked before MindSpore is loaded.
+From here come the arguments of the constructors and their checks (:func:`accepts`), the keys of the application's
+configs with their messages and ``--help``, the tables of docs/api.md, and what can be exported to PyTorch. Pydantic
+does the checking. Imports nothing slow: command lines are checked before MindSpore is loaded.
 """
 
 import dataclasses
@@ -57,7 +57,9 @@ FeedForwardDropout = Annotated[
     StrictFloat, Ge(0), Lt(1), Help("fraction of the feed-forward's inner layer that training drops")
 ]
 FeedForwardMult = Annotated[
-    StrictFloat, Ge(1), Help("inner size of the feed-forward relative to dim; two thirds of it, as it is gated")
+    StrictFloat,
+    Ge(1),
+    Help("int(dim * this * 2 / 3) is the inner size of the feed-forward, which is gated"),
 ]
 SharedQK = Annotated[
     StrictBool,
@@ -66,7 +68,7 @@ SharedQK = Annotated[
 UseRotary = Annotated[StrictBool, NotInOriginal(), Help("rotary embeddings of queries and keys")]
 UseXpos = Annotated[StrictBool, Help("xPos: scores of rotary embeddings decay with the distance")]
 XposScaleBase = Annotated[
-    StrictFloat | None, Gt(0), Help("tokens over which the decay reaches its rate; None: half a window")
+    StrictFloat | None, Gt(0), Help("distance over which the decay applies once; None: half a window")
 ]
 Scale = Annotated[
     StrictFloat | None,
@@ -186,7 +188,7 @@ class SizeOptions:
 
 
 @dataclass(kw_only=True, config=CHECKED)
-class LanguageModelOptions(HeadsOptions, SizeOptions):  # in the other order, as dataclasses have it
+class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the fields of the last base first
     """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
 
     ff_mult: FeedForwardMult = FeedForwardOptions.mult
@@ -216,7 +218,7 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # in the other order, as
         Ge(2),
         Le(MAX_NGRAM_BUCKETS),
         NotInOriginal(),
-        Help("hash buckets, each an embedding, per n-gram order; at best a prime"),
+        Help("hash buckets, each an embedding, per n-gram order; ideally a prime"),
     ] = 65521
     ngram_dim: Annotated[StrictInt, Ge(1), NotInOriginal(), Help("channels of an n-gram's embedding")] = 48
 

@@ -1,6 +1,8 @@
 """Rotary position embeddings, with the halves of a head as pairs, and their xPos decay.
 
-Su et al. 2021, arXiv 2104.09864, section 3.2; Sun et al. 2022, arXiv 2212.10554, section 3.2.
+Su et al. 2021, arXiv 2104.09864, section 3.2; Sun et al. 2022, arXiv 2212.10554, section 3.2. The library itself uses
+:func:`apply_rotary`; :func:`apply_rotary_pos_emb` and calls of :class:`SinusoidalEmbeddings` are the interface of the
+original.
 """
 
 import mindspore as ms

@@ -29,7 +29,7 @@ class Layer(nn.Cell):
         attention: ``(b, n, dim), *attention_inputs -> (b, n, dim)``.
         feed_forward: ``(b, n, dim) -> (b, n, dim)``.
         global_attention: ``(b, n, dim), *global_inputs -> (b, n, dim)``, goes before the other two; or None.
-        connections: those of the three, in this order, see :mod:`hyper_connections`.
+        connections: those of attention, feed-forward and global attention, see :mod:`hyper_connections`.
         auto_prefix: whether the cells' parameters get this layer's names.
     """
 
@@ -55,16 +55,17 @@ class Layer(nn.Cell):
         return Layer(attention, feed_forward, global_attention, connections, auto_prefix=False)
 
     def construct(self, x, batch, attention_inputs=(), global_inputs=()):
-        """``x: (b * n, dim)``, or ``(b * n, s, dim)`` with ``s`` residual streams; returns the like."""
+        """``x: (b * n, dim)``, or ``(b * n, s, dim)`` with ``s`` residual streams; returns the same shape."""
         if self.global_attention is not None:
             x = self.add_branch(x, batch, self.global_connection, self.global_attention, global_inputs)
         x = self.add_branch(x, batch, self.attention_connection, self.attention, attention_inputs)
         return self.add_branch(x, batch, self.feed_forward_connection, self.feed_forward, ())
 
-    def add_branch(self, x, batch, residual, branch, inputs):
-        branch_input, x, beta = residual.pre(x)
+    def add_branch(self, x, batch, connection, branch, inputs):
+        """Give ``branch``, a sub-layer, its input from the residual streams, and add its output to them."""
+        branch_input, x, beta = connection.pre(x)
         out = branch(branch_input.reshape((batch, -1, branch_input.shape[-1])), *inputs)
-        return residual.post(out.reshape(branch_input.shape), x, beta)
+        return connection.post(out.reshape(branch_input.shape), x, beta)
 
 
 class LocalTransformer(nn.Cell):
@@ -92,6 +93,7 @@ class LocalTransformer(nn.Cell):
             attention = LocalMHA(**vars(options.mha()))
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
             global_attention = deepcopy(options.global_attn_layer) if number in inserted else None
+            # the index of a branch decides which stream it reads before training
             connections = [connection(dim, streams, 3 * number + branch) for branch in range(3)]
             return Layer(attention, feed_forward, global_attention, connections)
 
@@ -116,8 +118,8 @@ class LocalTransformer(nn.Cell):
         Args:
             x: ``(b, n)`` int32 tokens; ``(b, n, dim)`` float32 with ``num_tokens=None``.
             mask: booleans of the shape ``(b, n)`` of the tokens, True where a token may be seen.
-            cache: what a call with ``return_cache`` returned for the first of these tokens: only those after them are
-                computed.
+            cache: what an earlier call with ``return_cache`` returned for the first of these tokens. Logits are
+                computed and returned for the others only.
             return_loss: take ``(b, n + 1)`` tokens (and mask) and return the mean cross-entropy of each token given
                 the tokens before it.
             return_cache: return the logits and a cache. It may be used again and again; its size depends on the window,
@@ -127,7 +129,7 @@ class LocalTransformer(nn.Cell):
                 few rows alone instead of the whole table.
 
         Returns:
-            ``(b, n, num_tokens)``, with ``cache`` of the tokens after the cached ones; with ``return_loss`` a scalar in
+            ``(b, n, num_tokens)``, with ``cache`` of the tokens that it does not hold; with ``return_loss`` a scalar in
             nats; with ``num_tokens=None`` ``(b, n, dim)``.
 
         Raises:

@@ -18,7 +18,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.checkpoint import Checkpoints, tensor_sizes
-from local_attention.training.keys import flat
+from local_attention.training.schema import flatten
 
 HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
 NOT_COMPARED = ("run_dir", "resume")
@@ -36,7 +36,7 @@ def describe(run_dir: Path) -> dict[str, Any]:
     checkpoint = Checkpoints(run_dir / "checkpoints").find("last")
     sizes = tensor_sizes(checkpoint) if checkpoint else {}
     figures["params"] = sum(size for name, size in sizes.items() if name.startswith("model.")) or None
-    figures["settings"] = flat(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    figures["settings"] = flatten(yaml.safe_load((run_dir / "config.yaml").read_text()))
     return {"run": str(run_dir) + ("" if summary.exists() else " …"), **figures}
 
 

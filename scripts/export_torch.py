@@ -15,11 +15,11 @@ from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import keys_for, parse
+from local_attention.training.schema import parse, register_schema
 from scripts.torch_files import require_ending, write_state
 
 
-@keys_for("export_torch")
+@register_schema("export_torch")
 @dataclass(config=CHECKED)
 class ExportConfig:
     """Which weights to export, and the file to write."""

@@ -20,7 +20,7 @@ from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
 from local_attention.training.config import ModelConfig, RunConfig, check_model
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict, keys_for, keys_of, parse
+from local_attention.training.schema import as_dict, keys_of, parse, register_schema
 from scripts.torch_files import read_state, require_ending
 
 # What the weights determine of their model: all but the size of its windows.
@@ -46,7 +46,7 @@ ImportedModelConfig: Any = dataclass(config=CHECKED, kw_only=True)(
 )
 
 
-@keys_for("import_torch")
+@register_schema("import_torch")
 @dataclass(config=CHECKED)
 class ImportConfig:
     """The weights to import, the run directory to write, and what is known about the model."""

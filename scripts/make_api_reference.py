@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from local_attention import options
-from local_attention.training.keys import keys_of, markdown_table
+from local_attention.training.schema import keys_of, markdown_table
 
 PAGE = ROOT / "docs" / "api.md"
 

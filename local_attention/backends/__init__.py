@@ -1,4 +1,4 @@
-"""Attention backends: how queries meet keys.
+"""Attention backends: how attention is computed, from queries, keys and values to the output of each head.
 
 ========================  =====================================================  ======================
 backend                   used for                                               keys come from
@@ -10,7 +10,8 @@ backend                   used for                                              
 
 Everything else, from projections to rotation and the merging of heads, is written once, in :class:`LocalMHA` and
 :class:`LocalAttention`. A backend *declares* the options that it computes; :func:`choose_backend` takes the first one
-that computes all options in use. An option that no backend declares is refused: it is never ignored.
+that computes all options in use, that is, those with another value than the default. So the default of an option must
+leave the formula as it is. An option in use that no backend declares is refused.
 """
 
 from collections.abc import Sequence
@@ -44,5 +45,5 @@ def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
             return backend
     unknown = options_in_use(cell.options).difference(*(backend.computes for backend in backends))
     names = ", ".join(backend.__name__ for backend in backends)
-    what = ", ".join(sorted(unknown)) or "these options together"
-    raise NotImplementedError(f"{type(cell).__name__}: none of {names} computes {what}")
+    what = f"computes {', '.join(sorted(unknown))}" if unknown else "is available with these options"
+    raise NotImplementedError(f"{type(cell).__name__}: none of {names} {what}")

@@ -31,7 +31,7 @@ class CachedMHA(nn.Cell):
         return True
 
     def construct(self, x, slots, mask, rotation, decay):
-        """``x: (b, n, dim)``, returns the like; the other arguments are those of :class:`decoding.StepInputs`."""
+        """``x: (b, n, dim)``, returns the same shape; the other arguments: see :class:`decoding.cache.StepInputs`."""
         return self.mha.attend_with(self.attend, x, (slots, mask, rotation, decay))
 
     def attend(self, q, k, v, slots, mask, rotation, decay):

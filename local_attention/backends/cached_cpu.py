@@ -24,14 +24,15 @@ class CachedMHAOperator(nn.Cell):
 
     @staticmethod
     def is_available(mha: nn.Cell) -> bool:
+        """Where the operators run; they include the LayerNorm before the projections."""
         return mha.norm is not None and kernels_run(mha)
 
     def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
         super().__init__(auto_prefix=False)
         self.mha, self.keys, self.values = mha, keys, values
         self.attend_to_cache = operator("attend_to_cache")
-        self.absent = ms.Tensor(np.zeros(1, np.float32))
-        self.unit_keys = ms.Tensor(np.array([mha.attention.l2_norm is not None], np.int32))
+        self.absent = ms.Tensor(np.zeros(1, np.float32))  # a single axis means absent, see kernels.cpp
+        self.l2_normalise_keys = ms.Tensor(np.array([mha.attention.l2_norm is not None], np.int32))
         self.has_decay = mha.attention.has_decay
 
     def construct(self, x, slots, mask, rotation, decay):
@@ -44,10 +45,10 @@ class CachedMHAOperator(nn.Cell):
         if not self.has_decay:
             decay = self.absent
         norm, weights = mha.norm, (mha.to_q.weight, mha.to_k.weight, mha.to_v.weight, mha.to_out.weight)
-        options = (gate, gate_bias, q_scale, k_scale, self.unit_keys)
+        optional = (gate, gate_bias, q_scale, k_scale, self.l2_normalise_keys)
         inputs = (rotation, mask, decay, self.keys, self.values, slots)
         rows = x.reshape((x.shape[0], x.shape[2]))
-        return self.attend_to_cache(rows, norm.gamma, norm.beta, *weights, *options, *inputs).reshape(x.shape)
+        return self.attend_to_cache(rows, norm.gamma, norm.beta, *weights, *optional, *inputs).reshape(x.shape)
 
 
 class FeedForwardOperator(nn.Cell):

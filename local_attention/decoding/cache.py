@@ -26,7 +26,7 @@ class StepInputs(NamedTuple):
     mask: ``(1, count, span)`` float32, additive. The keys are those of the cache's slots; for more than one token also
         their own, after them.
     rotation: ``(4, b * heads * count, d)`` float32, cosines and sines for queries, times the scale of the scores and
-        their xPos decay, and for keys.
+        their xPos decay, and for keys; without rotary embeddings cosines of 1 and sines of 0.
     distances: ``(count * span,)`` int32, tokens from each key to each query, for the dynamic bias.
     decay: ``(1, span, d)`` float32, the xPos decay of the keys.
     """
@@ -73,10 +73,11 @@ class KVCache:
         """
         attention, length, d = self.attention, self.length, self.d
         positions = position + np.arange(steps * count).reshape(steps, count)
+        # one token is written before it is read, several are read beside the cache
         last = positions[:, -1:] if count == 1 else positions[:, :1] - 1
         cached = last - (last - np.arange(length)) % length  # the position that each slot holds
-        none = np.full((steps, 1), -1)
-        keys = np.concatenate([cached, none] if count == 1 else [cached, none, positions], 1)
+        spare = np.full((steps, 1), -1)
+        keys = np.concatenate([cached, spare] if count == 1 else [cached, spare, positions], 1)
         distances = positions[:, :, None] - keys[:, None]
         spec = MaskSpec(*attention.mask_spec(attention.window_size))
         seen = visible(positions[:, :, None], keys[:, None], length=positions.max() + 1, **spec._asdict())

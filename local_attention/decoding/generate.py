@@ -40,13 +40,13 @@ def generate_tokens(
     if prompt.shape[-1] == 0:
         raise ValueError("expected a prompt of at least one token, got none")
     rule = sampling_rule(session.num_tokens, temperature, top_k, top_p)
-    streams = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(session.batch)]
+    rngs = [np.random.RandomState([*np.atleast_1d(seed), row]) for row in range(session.batch)]
     session.reset()
     tokens, done, count = np.broadcast_to(prompt, (session.batch, prompt.shape[-1])), 0, 1
     while done != length:
         if length is not None:
             count = min(count, length - done)
-        uniforms = np.stack([stream.random_sample(count) for stream in streams])
+        uniforms = np.stack([rng.random_sample(count) for rng in rngs])
         sampled = session.sample(tokens, uniforms, rule)
         yield from sampled.T
         tokens, done, count = sampled[:, -1:], done + count, min(2 * count, STEPS_PER_CALL)

@@ -23,13 +23,13 @@ class DecodableModel(Protocol):
     training: bool
 
     def embed_next(self, tokens: Any, previous: Any, positions: Any) -> Any:
-        """``tokens: (b, n)`` at ``positions: (n,)``, after the tokens ``previous``, to ``(b, n, dim)``."""
+        """``tokens: (b, n)`` at ``positions: (n,)`` to ``(b, n, dim)``; ``previous``: 1 + the tokens before, or 0."""
 
     def distance_bias(self, distances: Any, count: int) -> Any:
         """The bias of the scores for ``distances: (m,)`` below ``count``, ``(heads, m)``; or None."""
 
     def run_layers(self, layers: Any, x: Any, attention_inputs: Any, global_inputs: Any) -> Any:
-        """``x: (b, n, dim)`` through ``layers``, returns the like."""
+        """``x: (b, n, dim)`` through ``layers``, returns the same shape."""
 
     def logits(self, hidden: Any) -> Any:
         """``(b, n, dim) -> (b, n, num_tokens)``."""

@@ -100,7 +100,7 @@ class Session(ABC):
         return np.concatenate(sampled, 1)
 
     def truncate_prompt(self, tokens: np.ndarray) -> np.ndarray:
-        """Commit those of ``tokens: (b, n)`` that the last restart of the context leaves out, and return the others."""
+        """Commit, but do not compute, those of ``tokens: (b, n)`` that a restart would drop; return the others."""
         if self.max_context is None or (beyond := self.position + tokens.shape[1] - self.max_context) <= 0:
             return tokens
         between_restarts = self.max_context - self.max_context // 2
@@ -149,9 +149,9 @@ class DecodingSession(Session):
     Args:
         model, batch: see :class:`Session`.
         prefill_chunk: tokens that prefill takes at once.
-        prefill_threshold: fewer tokens than this are decoded one by one, and no graph is compiled for them, as are all
-            tokens with global layers; None: ``PREFILL_THRESHOLD``, or ``PREFILL_THRESHOLD_WITH_KERNELS`` with kernels,
-            unless the context restarts so often that compiling pays.
+        prefill_threshold: fewer tokens than this are decoded one by one, because compiling the graph of prefill would
+            take longer; with global layers all are. None: ``PREFILL_THRESHOLD``, or, with the operators in C++ and
+            unless the context restarts often, ``PREFILL_THRESHOLD_WITH_KERNELS``.
         steps_per_call: the most tokens that a call of the graph decodes one by one.
         use_kernels: whether to decode by the operators in C++ of :mod:`kernels`; None: where they can be used.
 
@@ -174,7 +174,7 @@ class DecodingSession(Session):
         if use_kernels and not can_use_kernels:
             raise ValueError(
                 "expected use_kernels=False: the operators need Linux, a C++ compiler when pip installs this package, "
-                "a CPU and a model in float32"
+                "a CPU, a model in float32, and options that all of them compute"
             )
         self.use_kernels = can_use_kernels if use_kernels is None else use_kernels
         if not can_be_decoded(model):
@@ -184,9 +184,9 @@ class DecodingSession(Session):
         self.global_cells = decoding_cells(model, batch)
         self.cache = KVCache(model, batch)
         if prefill_threshold is None:
-            often = self.max_context is not None and self.max_context // 2 < PREFILL_THRESHOLD_WITH_KERNELS
-            slow_to_pay = self.use_kernels and not often
-            prefill_threshold = PREFILL_THRESHOLD_WITH_KERNELS if slow_to_pay else PREFILL_THRESHOLD
+            restarts_often = self.max_context is not None and self.max_context // 2 < PREFILL_THRESHOLD_WITH_KERNELS
+            decode_longer = self.use_kernels and not restarts_often
+            prefill_threshold = PREFILL_THRESHOLD_WITH_KERNELS if decode_longer else PREFILL_THRESHOLD
         self.prefill_chunk, self.prefill_threshold = min(prefill_chunk, self.cache.max_chunk()), prefill_threshold
         self.steps_per_call = steps_per_call
         weights = {id(parameter) for parameter in model.get_parameters()}
@@ -199,10 +199,10 @@ class DecodingSession(Session):
 
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         use_prefill = tokens.shape[1] >= self.prefill_threshold and self.prefill_chunk > 1 and not self.global_cells
-        count, take = (self.prefill_chunk, self.prefill) if use_prefill else (self.steps_per_call, self.decode)
+        count, run = (self.prefill_chunk, self.prefill) if use_prefill else (self.steps_per_call, self.decode)
         logits = []
         for i in range(0, tokens.shape[1], count):
-            logits.append(take(tokens[:, i : i + count], self.previous(tokens[:, :i]), self.position + i))
+            logits.append(run(tokens[:, i : i + count], self.previous(tokens[:, :i]), self.position + i))
         return np.concatenate(logits, 1)
 
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
@@ -320,16 +320,16 @@ def global_layers(model: DecodableModel) -> list[Any]:
 
 
 def session_for(model: DecodableModel, batch: int) -> Session:
-    """A :class:`DecodingSession`; an :class:`UncachedSession`, with a warning, where global layers do not allow it."""
+    """A :class:`DecodingSession`, or an :class:`UncachedSession`, with a warning, where global layers have no cells."""
     if can_be_decoded(model):
-        return decoding_session_of(model, batch)
+        return kept_session(model, batch)
     warnings.warn(
         "global_attn_layer has no method decoding_cell: each token computes the whole context again", stacklevel=3
     )
     return UncachedSession(model, batch)
 
 
-def decoding_session_of(model: DecodableModel, batch: int) -> DecodingSession:
+def kept_session(model: DecodableModel, batch: int) -> DecodingSession:
     """A model's :class:`DecodingSession`. The last one is kept, because its graphs take seconds to compile.
 
     It is kept in the model's ``__dict__``, so that it lives as long as the model.
@@ -346,7 +346,7 @@ def logits_with_cache(model: DecodableModel, tokens: np.ndarray, cache: Snapshot
     Raises:
         ValueError: for a cache of another batch, or of as many tokens.
     """
-    session = decoding_session_of(model, len(tokens))
+    session = kept_session(model, len(tokens))
     if cache is None:
         session.reset()
     else:

@@ -5,7 +5,7 @@ from typing import Any
 
 from local_attention.training.checkpoint import read, restore
 from local_attention.training.config import ModelConfig
-from local_attention.training.keys import as_dict, parse
+from local_attention.training.schema import as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 

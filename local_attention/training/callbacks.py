@@ -252,7 +252,7 @@ class Sample(Periodic):
 
 
 class SaveLast(Periodic):
-    """Saves a checkpoint every ``interval`` steps and at the end of the run, however it ends."""
+    """Saves a checkpoint every ``interval`` steps and at the end, unless the run has failed."""
 
     def __init__(self, state: RunState, interval: int, save: Save) -> None:
         super().__init__(state, interval)

@@ -19,7 +19,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from local_attention.training.keys import keys_of, shown, unknown_key
+from local_attention.training.schema import format_value, keys_of, unknown_key
 from local_attention.training.signals import deliver_to_python
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -77,10 +77,10 @@ def help_of(config_name: str, schema: type, about: str) -> str:
     for entry in yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]:
         for group, default in entry.items() if isinstance(entry, dict) else ():
             names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-            rows.append((group, shown(default), f"configs/{group}: one of {', '.join(names)}"))
+            rows.append((group, format_value(default), f"configs/{group}: one of {', '.join(names)}"))
     for name, about_key in keys_of(schema).items():
         help = about_key.help.replace("None:", "null:") + f" ({about_key.allowed})" * bool(about_key.allowed)
-        rows.append((name, shown(about_key.default), help))
+        rows.append((name, format_value(about_key.default), help))
     width, column = 120, 38
     lines = textwrap.wrap(about.replace("``", ""), width)
     for key, default, text in rows:

@@ -26,7 +26,7 @@ from local_attention.options import (
     first_problem,
 )
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict, keys_for, parse
+from local_attention.training.schema import as_dict, parse, register_schema
 
 Run = Annotated[StrictStr | None, Help("run directory")]
 Checkpoint = Annotated[StrictStr, Help("best, last or a checkpoint file, which needs no run")]
@@ -90,7 +90,7 @@ class OptimizerConfig:
     lr: Annotated[Positive, Help("peak learning rate, which the schedule scales; with muon that of AdamW")] = 1e-3
     beta1: Annotated[Decay, Help("decay of the mean of the gradients")] = 0.9
     beta2: Annotated[Decay, Help("decay of the mean of the squared gradients")] = 0.99
-    eps: Annotated[Positive, Help("keeps the division by the root of that mean finite")] = 1e-8
+    eps: Annotated[Positive, Help("added to the root of the mean of the squared gradients")] = 1e-8
     weight_decay: Annotated[
         StrictFloat,
         Ge(0),
@@ -98,7 +98,7 @@ class OptimizerConfig:
     ] = 0.1
     ngram_lr: Annotated[Positive, Help("peak learning rate of n-grams' embeddings, by Adagrad")] = 0.1
     muon_lr: Annotated[Positive, Help("peak learning rate of the matrices within layers, with muon")] = 0.02
-    momentum: Annotated[Decay, Help("decay of the sum of their gradients, with muon")] = 0.95
+    momentum: Annotated[Decay, Help("decay of the momentum of muon")] = 0.95
 
 
 @dataclass(config=CHECKED)
@@ -109,7 +109,7 @@ class ScheduleConfig:
         "cosine"
     )
     warmup_steps: Annotated[StrictInt, Ge(0), Help("steps in which the learning rate rises linearly to its peak")] = 100
-    decay_fraction: Annotated[Fraction, Help("fraction of the run, at its end, in which it decays")] = 1.0
+    decay_fraction: Annotated[Fraction, Help("fraction of the run, at its end, in which the rate decays")] = 1.0
     final_fraction: Annotated[Fraction, Help("learning rate at the end, as a fraction of the peak")] = 0.1
 
 
@@ -117,19 +117,19 @@ class ScheduleConfig:
 class TrainConfig:
     """Sizes, length and events of a run; the events in optimizer steps."""
 
-    seq_len: Annotated[Count, Help("bytes per sequence, besides the one it is shifted by")] = 1024
+    seq_len: Annotated[Count, Help("input bytes per sequence; the labels are shifted by one byte")] = 1024
     batch_size: Annotated[Count, Help("sequences per micro-batch of each process")] = 4
     grad_accum_every: Annotated[Count, Help("micro-batches per step")] = 4
     max_steps: Annotated[Count | None, Help("the run ends after that many steps; null: no limit")] = 10000
-    max_minutes: Annotated[Positive | None, Help("or after that many minutes of training; null: no limit")] = None
+    max_minutes: Annotated[Positive | None, Help("or after that many minutes, with evaluations; null: no limit")] = None
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
     ] = 10
     log_every: Annotated[Count, Help("steps from one line of metrics to the next")] = 10
     eval_every: Annotated[Count, Help("steps from one evaluation to the next")] = 250
-    eval_bytes: Annotated[Count, Help("bytes that these score, from the beginning of the validation split")] = 100_000
-    checkpoint_every: Annotated[Count, Help("steps from one checkpoint to the next; the end saves one, too")] = 250
+    eval_bytes: Annotated[Count, Help("first bytes of the validation split, which evaluations score")] = 100_000
+    checkpoint_every: Annotated[Count, Help("steps from one checkpoint to the next, besides that at the end")] = 250
     keep_last: Annotated[Count, Help("newest checkpoints to keep, besides the best")] = 2
     generate_every: Annotated[Count, Help("steps from one sample to the next")] = 500
     generate_length: Annotated[Count, Help("bytes per sample")] = 256
@@ -143,29 +143,29 @@ class DeviceConfig:
     target: Annotated[Literal["auto", "CPU", "GPU", "Ascend"], Help("where MindSpore runs")] = "auto"
 
 
-@keys_for("train")
+@register_schema("train")
 @dataclass(config=CHECKED)
 class RunConfig:
     """A whole run."""
 
-    train: TrainConfig = field(default_factory=TrainConfig)  # first: model.max_seq_len follows train.seq_len
+    train: TrainConfig = field(default_factory=TrainConfig)  # first: its seq_len is what model.max_seq_len refers to
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: Annotated[
-        Literal["none", "data"], Help("data: one of the processes that msrun or scripts/launch.sh started")
+        Literal["none", "data"], Help("data: one of the processes that msrun or scripts/launch.sh started; none: alone")
     ] = "none"
     run_dir: Annotated[StrictStr | None, Help("where the run writes; null: runs/<experiment>/<time>")] = None
     resume: Annotated[
         StrictStr | None,
         Help("auto: continue the run in run_dir, if any; or a run directory or checkpoint; null: refuse to continue"),
     ] = "auto"
-    seed: Annotated[Seed, Help("of the weights, the order of sequences and the samples")] = 0
+    seed: Annotated[Seed, Help("of the weights, the order of sequences, dropout and the samples")] = 0
 
 
-@keys_for("generate")
+@register_schema("generate")
 @dataclass(config=CHECKED)
 class GenerateConfig:
     """What ``generate.py`` samples."""
@@ -175,20 +175,20 @@ class GenerateConfig:
     prompt: Annotated[StrictStr, Help("text to continue; empty: a newline")] = ""
     prompt_file: Annotated[StrictStr | None, Help("a file to continue instead; -: standard input")] = None
     length: Annotated[StrictInt, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
-    temperature: Annotated[StrictFloat, Ge(0), Help("divides the logits; 0: always the likeliest byte")] = 0.8
-    top_k: Annotated[Count | None, Help("sample among that many of the likeliest bytes; null: all")] = None
+    temperature: Annotated[StrictFloat, Ge(0), Help("divides the logits; 0: always the most likely byte")] = 0.8
+    top_k: Annotated[Count | None, Help("sample among that many of the most likely bytes; null: all")] = None
     top_p: Annotated[
         StrictFloat | None,
         Gt(0),
         Le(1),
-        Help("sample among the likeliest bytes of this total probability; null: all"),
+        Help("sample among the most likely bytes of this total probability; null: all"),
     ] = 0.95
     num_samples: Annotated[Count, Help("continuations")] = 1
     seed: Annotated[Seed, Help("the same seed, prompt and checkpoint give the same bytes")] = 0
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-@keys_for("evaluate")
+@register_schema("evaluate")
 @dataclass(config=CHECKED)
 class EvaluateConfig:
     """What ``scripts/evaluate.py`` scores. None in ``data``: as in the run."""
@@ -208,7 +208,7 @@ class EvaluateConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-@keys_for("score")
+@register_schema("score")
 @dataclass(config=CHECKED)
 class ScoreConfig:
     """What ``scripts/score.py`` scores."""
@@ -313,8 +313,8 @@ def require_path(data: OtherDataConfig) -> None:
 def fill_from_checkpoint(config: EvaluateConfig, meta: Mapping[str, Any]) -> EvaluateConfig:
     """An :class:`EvaluateConfig` without gaps: what ``config`` leaves to the run is as in the checkpoint's metadata.
 
-    A ``data.source`` names other data, the rest of ``data`` with it. Without one, ``data`` holds changes to the data of
-    the run, and a ``data.path`` is that of a file.
+    With a ``data.source``, ``data`` replaces that of the run. Without one, its keys override those of the run, and
+    ``data.path`` alone stands for ``data.source=file``.
 
     Raises:
         UsageError: where the metadata do not say, and for lengths that the model or each other do not allow.
@@ -344,7 +344,7 @@ def fill_from_checkpoint(config: EvaluateConfig, meta: Mapping[str, Any]) -> Eva
 
 
 def data_of_run(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the bytes that a checkpoint was trained on, nothing else in their place; empty if unknown."""
+    """The settings of the bytes that a checkpoint was trained on, without a fallback; empty if unknown."""
     if "data" not in meta:
         return {}
     data = meta["config"]["data"]

@@ -17,7 +17,7 @@ from mindspore import communication, nn, ops
 
 from local_attention.training.config import RunConfig
 from local_attention.training.errors import RunError, UsageError
-from local_attention.training.keys import as_dict, flat
+from local_attention.training.schema import as_dict, flatten
 
 if TYPE_CHECKING:
     from data import Corpus
@@ -133,7 +133,7 @@ class Distributed:
         Raises:
             UsageError: naming the first setting that differs, and both values.
         """
-        own = flat({**as_dict(config), "data": {**as_dict(config.data), "fingerprint": corpus.fingerprint}})
+        own = flatten({**as_dict(config), "data": {**as_dict(config.data), "fingerprint": corpus.fingerprint}})
         main = self.broadcast_object(lambda: own)
         for key, value in own.items():
             if value != main[key] and key not in ("data.path", "data.dir", "run_dir"):

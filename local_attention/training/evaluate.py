@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
+from local_attention.decoding.session import eval_mode
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 
 if TYPE_CHECKING:
@@ -120,11 +121,9 @@ class Evaluator:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rank, world_size = self.distributed.rank, self.distributed.world_size
         sums = np.zeros((math.ceil(len(batches) / world_size), 2))  # nats and bytes of each batch of this process
-        was_training = self.model.training
-        self.model.set_train(False)
-        for i, batch in enumerate(progress(batches[rank::world_size])):
-            sums[i] = self.score_batch(tokens, batch)
-        self.model.set_train(was_training)
+        with eval_mode(self.model):
+            for i, batch in enumerate(progress(batches[rank::world_size])):
+                sums[i] = self.score_batch(tokens, batch)
         nats, scored = (math.fsum(column) for column in self.distributed.all_gather(sums).reshape(-1, 2).T)
         return Score(nats / scored / math.log(2), int(scored))
 

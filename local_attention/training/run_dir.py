@@ -19,7 +19,7 @@ from local_attention.training.checkpoint import Checkpoints, Metadata, remove_le
 from local_attention.training.config import RunConfig, TrainConfig
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 from local_attention.training.errors import CheckpointError, UsageError
-from local_attention.training.keys import as_dict, flat
+from local_attention.training.schema import as_dict, flatten
 from local_attention.training.state import RunState
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def settings(meta: Metadata) -> dict[str, Any]:
     Settings that did not exist when the checkpoint was written have their defaults if their group exists.
     """
     config = meta["config"]
-    values = flat({group: values for group, values in as_dict(RunConfig()).items() if group in config})
-    values |= flat({**config, "data": meta.get("data", {})})
+    values = flatten({group: values for group, values in as_dict(RunConfig()).items() if group in config})
+    values |= flatten({**config, "data": meta.get("data", {})})
     if "train" in config:
         values["train.batch_size"] *= meta.get("workers", 1)
     return values

@@ -19,7 +19,7 @@ from tensorboardX.summary import hparams
 from tqdm import tqdm
 
 from local_attention.training.checkpoint import write_text
-from local_attention.training.keys import flat
+from local_attention.training.schema import flatten
 from local_attention.training.state import RunState
 
 LOGGERS = ("train", "data")
@@ -93,7 +93,7 @@ class RunLog:
 
     def log_hparams(self, scores: dict[str, float], step: int) -> None:
         """Show the settings and the final scores of the run in TensorBoard's HPARAMS tab."""
-        settings = {key: value for key, value in flat(self.config).items() if isinstance(value, int | float | str)}
+        settings = {key: value for key, value in flatten(self.config).items() if isinstance(value, int | float | str)}
         scores = {f"hparams/{name}": score for name, score in scores.items()}
         for summary in hparams(settings, scores):
             self.tensorboard.file_writer.add_summary(summary, step)

@@ -37,7 +37,7 @@ def _deliver() -> None:
 
 
 class StopOnSignal:
-    """Context in which SIGINT and SIGTERM only set ``state.signal``, so that the run ends after the current step."""
+    """Context in which SIGINT and SIGTERM only set ``state.received_signal``: the run ends after the current step."""
 
     def __init__(self, state: RunState) -> None:
         self.state = state
@@ -50,5 +50,5 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        self.state.signal = number
+        self.state.received_signal = number
         log.info("stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once")

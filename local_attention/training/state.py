@@ -30,7 +30,8 @@ class RunState:
     best_val_bpb: float | None = None
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    signal: int | None = None  # the signal by which the user stopped the run
+    received_signal: int | None = None  # a signal that this process has received
+    signal: int | None = None  # the signal that ends the run, the same in all processes
     failure: str | None = None  # why the run cannot continue
 
     def __post_init__(self) -> None:
@@ -39,8 +40,9 @@ class RunState:
 
     def synchronise(self, distributed: Distributed) -> None:
         """Use the clock of the main process in all processes, and share a signal that any of them has received."""
-        gathered = distributed.all_gather(np.array([self.wall_s, self.signal or 0]))
-        self.synchronised_s, self.signal = float(gathered[0, 0]), int(gathered[:, 1].max()) or None
+        gathered = distributed.all_gather(np.array([self.wall_s, self.signal or self.received_signal or 0]))
+        self.synchronised_s = float(gathered[0, 0])
+        self.signal = int(gathered[:, 1].max()) or None
 
     @property
     def wall_s(self) -> float:

@@ -48,8 +48,8 @@ class TrainStep(nn.TrainOneStepCell):
         model: a ``LocalTransformer``.
         optimizer: an optimizer whose learning rate is a Parameter, set by :meth:`set_learning_rate`.
         grad_accum_every: number of micro-batches per step.
-        clip_norm: maximum global norm of the gradients. Those of n-gram embeddings are not clipped, as their optimizer
-            is invariant to scale.
+        clip_norm: maximum global norm of the gradients. Those of n-gram embeddings are not clipped: Adagrad
+            bounds each update by the learning rate.
         world_size: number of processes, each with its own sequences; loss, gradients and norm are averaged over them.
     """
 
@@ -61,8 +61,8 @@ class TrainStep(nn.TrainOneStepCell):
         self.can_skip = isinstance(optimizer, Adam)
         self.ngram_emb = getattr(model, "ngram_emb", None)
         self.ngram_optimizer = getattr(optimizer, "ngram_optimizer", None)
-        ngram_rows = None if self.ngram_optimizer is None else 1  # position of the argument to differentiate
-        self.loss_and_gradients = ops.value_and_grad(self.network, ngram_rows, self.weights)
+        grad_position = None if self.ngram_optimizer is None else 1  # of ngram_rows, as only they change in a step
+        self.loss_and_gradients = ops.value_and_grad(self.network, grad_position, self.weights)
         self.world_size = world_size
         if world_size > 1:
             self.all_reduce, self.all_gather = ops.AllReduce(), ops.AllGather()
@@ -93,14 +93,14 @@ class TrainStep(nn.TrainOneStepCell):
             loss, gradients = self.loss_and_gradients(sequences[0])
         if self.world_size > 1:
             loss = self.all_reduce(loss) / self.world_size
-            gradients = self.grad_reducer(gradients)  # averages
+            gradients = self.grad_reducer(gradients)  # the mean over the processes
         norm = global_norm(gradients)
         # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on CPUs), so to skip a step,
         # it is multiplied by zero.
         is_finite = ops.isfinite(loss + norm).astype(norm.dtype)
         clip_coef = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6)) * is_finite
         clipped = tree_map(ops.partial(times_or_zero, clip_coef), gradients)
-        learning_rate = self.optimizer.learning_rate + 0.0
+        learning_rate = self.optimizer.learning_rate + 0.0  # a copy, as the parameter changes before it is read
         if self.can_skip:
             loss = ops.depend(loss, self.optimizer(clipped, is_finite))
         else:

@@ -21,7 +21,7 @@ from local_attention.training.config import (
     run_config,
     score_config,
 )
-from local_attention.training.keys import as_dict, keys_of
+from local_attention.training.schema import as_dict, keys_of
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
 

@@ -10,7 +10,7 @@ import pytest
 
 from local_attention import LocalAttention, LocalMHA, LocalTransformer
 from local_attention.options import LocalAttentionOptions, LocalMHAOptions, LocalTransformerOptions, accepts
-from local_attention.training.keys import keys_of, markdown_table
+from local_attention.training.schema import keys_of, markdown_table
 
 SCHEMAS = {
     LocalAttentionOptions: dict(window_size=4),

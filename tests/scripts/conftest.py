@@ -7,8 +7,8 @@ import pytest
 from local_attention.training.build import build_model
 from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.config import ModelConfig, OptimizerConfig, RunConfig
-from local_attention.training.keys import as_dict
 from local_attention.training.optimizer import build_optimizer
+from local_attention.training.schema import as_dict
 
 SIZES = dict(max_seq_len=24, dim=8, depth=2, heads=2, dim_head=4, local_attn_window_size=8)
 TOKENS = np.random.default_rng(1).integers(0, 256, (2, 20))

@@ -12,7 +12,7 @@ from local_attention.training.build import load_model
 from local_attention.training.checkpoint import Checkpoints, read
 from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict
+from local_attention.training.schema import as_dict
 from scripts.import_torch import inner_size, main, simplest_ff_mult
 from scripts.torch_files import write_state
 from tests.scripts.conftest import SIZES, logits

@@ -9,8 +9,8 @@ from local_attention.training.build import build_model, load_model
 from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.config import ModelConfig, OptimizerConfig, RunConfig
 from local_attention.training.errors import CheckpointError
-from local_attention.training.keys import as_dict
 from local_attention.training.optimizer import build_optimizer
+from local_attention.training.schema import as_dict
 
 SMALL = dict(max_seq_len=16, dim=16, depth=1, heads=2, dim_head=8, local_attn_window_size=8)
 TOKENS = Tensor(np.random.default_rng(0).integers(0, 256, (2, 16)), ms.int32)

@@ -14,7 +14,7 @@ from local_attention.training.checkpoint import CheckpointError
 from local_attention.training.command import command, explain, help_of, quote, run_task
 from local_attention.training.config import GenerateConfig, RunConfig
 from local_attention.training.errors import RunError, UsageError
-from local_attention.training.keys import keys_of
+from local_attention.training.schema import keys_of
 from tests.training.toys import composed, examples
 
 # Texts on the command line

@@ -174,7 +174,7 @@ def test_a_score_is_the_same_to_the_bit_for_any_world_size(world_size):
 
 def test_all_processes_use_the_clock_of_the_main_process_and_a_signal_of_any(clock):
     states = [RunState(None, 1.0, earlier_s=earlier) for earlier in (30.0, 59.0, 61.0)]
-    states[1].signal = 15
+    states[1].received_signal = 15
     run_processes(3, lambda distributed: states[distributed.rank].synchronise(distributed))
     assert [state.progress for state in states] == [0.5] * 3
     assert [state.signal for state in states] == [15] * 3

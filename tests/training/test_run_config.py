@@ -22,7 +22,7 @@ from local_attention.training.config import (
     score_config,
 )
 from local_attention.training.errors import UsageError
-from local_attention.training.keys import as_dict, flat, keys_of, parse, unknown_key
+from local_attention.training.schema import as_dict, flatten, keys_of, parse, unknown_key
 from local_attention.transformer import LocalTransformer
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, import_config
@@ -114,7 +114,7 @@ def test_a_value_out_of_range_is_refused_naming_key_value_and_range_and_one_at_i
                 parse(schema, tree_of(key, value))
             assert str(error.value).startswith(f"{key}={value}: expected ") and wanted in str(error.value)
         for value in allowed:
-            assert flat(as_dict(parse(schema, tree_of(key, value))))[key] == value
+            assert flatten(as_dict(parse(schema, tree_of(key, value))))[key] == value
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -122,7 +122,7 @@ def test_null_is_taken_where_a_key_is_optional_and_nowhere_else(name):
     schema = PRESETS[name][0]
     for key, option in keys_of(schema).items():
         if option.optional:
-            assert flat(as_dict(parse(schema, tree_of(key, None))))[key] is None
+            assert flatten(as_dict(parse(schema, tree_of(key, None))))[key] is None
         else:
             with pytest.raises(UsageError, match=f"^{key}=null: expected "):
                 parse(schema, tree_of(key, None))

@@ -20,8 +20,8 @@ from local_attention.training.config import (
     run_config,
 )
 from local_attention.training.errors import CheckpointError, UsageError
-from local_attention.training.keys import keys_of
 from local_attention.training.run_dir import RunPaths, check_same_run, checkpoint_of, find_run_paths
+from local_attention.training.schema import keys_of
 from tests.training.toys import tiny_transformer
 
 

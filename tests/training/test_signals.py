@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from local_attention.training.signals import StopOnSignal, deliver_to_python
 
 deliver_to_python()
-state = SimpleNamespace(signal=None)
+state = SimpleNamespace(received_signal=None)
 try:
     {wait}
 except KeyboardInterrupt:
@@ -28,9 +28,9 @@ UNHANDLED = """print("ready", flush=True)
         time.sleep(0.01)"""
 HANDLED = """with StopOnSignal(state):
         print("ready", flush=True)
-        while state.signal is None:
+        while state.received_signal is None:
             time.sleep(0.01)
-        print("stopping for", state.signal, flush=True)
+        print("stopping for", state.received_signal, flush=True)
         while True:
             time.sleep(0.01)"""
 
@@ -47,22 +47,22 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_stored_and_does_not_interrupt(handlers, caplog, number):
     caplog.set_level("INFO", logger="train")
-    state = SimpleNamespace(signal=None)
+    state = SimpleNamespace(received_signal=None)
     with StopOnSignal(state):
-        assert state.signal is None
+        assert state.received_signal is None
         os.kill(os.getpid(), number)
-        assert state.signal == number
+        assert state.received_signal == number
     assert "press Ctrl-C again to stop at once" in caplog.text
 
 
 def test_the_handlers_are_restored(handlers):
-    with StopOnSignal(SimpleNamespace(signal=None)):
+    with StopOnSignal(SimpleNamespace(received_signal=None)):
         assert all(signal.getsignal(number) != handlers[number] for number in SIGNALS)
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 
 
 def test_the_handlers_are_restored_after_an_error(handlers):
-    with pytest.raises(ZeroDivisionError), StopOnSignal(SimpleNamespace(signal=None)):
+    with pytest.raises(ZeroDivisionError), StopOnSignal(SimpleNamespace(received_signal=None)):
         raise ZeroDivisionError
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 

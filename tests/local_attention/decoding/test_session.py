@@ -9,7 +9,7 @@ from mindspore import nn
 
 from local_attention import LocalTransformer
 from local_attention.decoding import DecodingSession, UncachedSession, session_for
-from local_attention.decoding.session import decoding_session_of
+from local_attention.decoding.session import kept_session
 from local_attention.options import LocalTransformerOptions
 from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run, tensor
 from tests.local_attention.models import (
@@ -243,10 +243,10 @@ def test_a_session_follows_the_weights_of_its_model(mode):
 
 def test_a_model_keeps_its_last_session_for_the_same_batch():
     model = transformer()
-    session = decoding_session_of(model, 2)
-    assert session_for(model, 2) is session is decoding_session_of(model, 2)
-    assert decoding_session_of(model, 1) is not session
-    assert decoding_session_of(transformer(), 2) is not session
+    session = kept_session(model, 2)
+    assert session_for(model, 2) is session is kept_session(model, 2)
+    assert kept_session(model, 1) is not session
+    assert kept_session(transformer(), 2) is not session
 
 
 @pytest.mark.parametrize("options", [dict(causal=False), dict(num_tokens=None)])
@@ -372,7 +372,7 @@ def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels, monkey
     for seed in (1, 2):
         other = np.concatenate([x[:, :6], sequences(2, 2, seed=seed)], 1)
         np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
-    assert decoding_session_of(model, 2) is session  # else this tested the default
+    assert kept_session(model, 2) is session  # else this tested the default
 
 
 def test_a_cache_outlives_the_length_of_learned_positions():

@@ -27,20 +27,20 @@ def as_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}} -> {"a.b": 1}``."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return result
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def keys_for(command: str) -> Callable[[type[Config]], type[Config]]:
+def register_schema(command: str) -> Callable[[type[Config]], type[Config]]:
     """Decorate a dataclass: its keys and defaults are what ``{command}_keys`` stands for in ``configs/{command}.yaml``.
 
     A YAML file then holds only choices.
@@ -62,7 +62,7 @@ def parse(schema: type[Config], config: DictConfig | Mapping[str, Any]) -> Confi
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
         group = config.get(field.name, {})
         if isinstance(field.default_factory, type) and not isinstance(group, Mapping):
-            raise UsageError(f"{field.name}={shown(group)}: expected {field.name}.KEY=VALUE")
+            raise UsageError(f"{field.name}={format_value(group)}: expected {field.name}.KEY=VALUE")
     try:
         is_node = OmegaConf.is_config(config)
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True) if is_node else config
@@ -75,7 +75,7 @@ def parse(schema: type[Config], config: DictConfig | Mapping[str, Any]) -> Confi
             raise UsageError(expected) from None
         if error.errors()[0]["type"] == "unexpected_keyword_argument":
             raise UsageError(unknown_key(key, schema)) from None
-        raise UsageError(f"{key}={shown(value)}: expected {keys_of(schema)[key].expected}") from None
+        raise UsageError(f"{key}={format_value(value)}: expected {keys_of(schema)[key].expected}") from None
 
 
 def unknown_key(key: str, schema: type) -> str:
