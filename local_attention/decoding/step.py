@@ -15,7 +15,7 @@ from local_attention.decoding.sampling import Sampler
 class DecodeStep(nn.Cell):
     """The logits after each of ``count`` more tokens per sequence.
 
-    The model's own forward pass, in which the attention of each layer meets the keys of the KV cache.
+    The model's own forward pass, with layers that attend to the KV cache.
 
     Args:
         model: a causal model with tokens.
