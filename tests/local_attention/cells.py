@@ -29,7 +29,7 @@ def for_all(few, many, *strategies, **named):
 
     def decorate(holds):
         def test(count):
-            given(*strategies, **named)(examples(count)(holds))()
+            examples(count)(given(*strategies, **named)(holds))()
 
         test.__name__, test.__doc__, test.__module__ = holds.__name__, holds.__doc__, holds.__module__
         return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])(test)

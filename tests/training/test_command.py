@@ -195,8 +195,8 @@ def test_a_command_gets_what_the_command_line_says(program):
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_every_key_with_its_default_and_meaning(program, capsys, flag):
     assert program(None, "train.seq_len=8", flag, name="train", schema=RunConfig) is None
-    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    shown = {line[0]: line[1] for line in lines if "=" in line[0]}
+    lines = [line.split(None, 1) for line in capsys.readouterr().out.splitlines() if line[:2] == "  " != line[2:4]]
+    shown = {line[0]: line[1] for line in lines}
     keys = keys_of(RunConfig)
     assert shown.keys() == {f"{group}={default}" for group, default in GROUPS.items()} | {
         f"{key}={str(option.default).replace('None', 'null').replace('False', 'false').replace('True', 'true')}"
