@@ -98,6 +98,7 @@ def two(commands):
     return launch(commands, "runs/two", *OVERRIDES)
 
 
+@pytest.mark.slow
 def test_two_workers_compute_the_same_as_one_with_twice_the_batch(commands, two):
     run_dir, out = two
     result = commands.train("runs/one", *OVERRIDES, "train.batch_size=4")

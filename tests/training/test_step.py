@@ -264,6 +264,7 @@ class Many(nn.Cell):
         return ops.addn(tree_map(sum_of_squares, self.weights))
 
 
+@pytest.mark.slow
 def test_a_step_of_many_parameters_compiles():
     """Loops over the parameters in the graph would nest deeper than MindSpore allows."""
     model = Many()
