@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,10 +23,8 @@ from data import compression
 from data.download import RetryPolicy, fetch
 from data.errors import DataError, DownloadError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # without locks, two processes started at once may both download
+# Windows has no fcntl. Without locks, two processes started at once may both download.
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 # The archives differ; only their decompressed content is compared. The environment variable ENWIK8_MIRRORS replaces
 # this list by other addresses, separated by spaces.

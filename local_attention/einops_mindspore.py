@@ -14,7 +14,7 @@ from einops import EinopsError
 from mindspore import nn, ops
 from mindspore.ops import constexpr
 
-from local_attention.mindspore_quirks import AbstractBackend, einops_steps
+from local_attention.mindspore_quirks import EinopsBackend, einops_steps
 
 MAX_PARTS = 64  # up to this many pieces, one Split and one Concat kernel are faster than Transpose
 MIN_TAIL = 16  # with fewer columns than this, products with ones are small, many, and need much memory for the ones
@@ -110,8 +110,8 @@ def _refuse_empty(shape, axes):
         raise EinopsError("cannot reduce an axis of length 0")
 
 
-class MindSporeBackend(AbstractBackend):
-    """What einops needs to know about MindSpore's tensors; it finds this class among those of ``AbstractBackend``."""
+class MindSporeBackend(EinopsBackend):
+    """What einops needs to know about MindSpore's tensors; it finds this class by its base class."""
 
     framework_name = "mindspore"
 

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from einops._backends import AbstractBackend  # noqa: F401, the base class by which einops finds a backend
+from einops._backends import AbstractBackend
 from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
 from mindspore import Parameter, Tensor, nn, ops
+
+# The base class by which einops finds a backend; private in einops 0.8.
+EinopsBackend = AbstractBackend
 
 
 def call_without_checks(cell: nn.Cell) -> nn.Cell:

@@ -301,7 +301,7 @@ def accepts(
 
     The constructor raises ``TypeError`` for an unknown or missing argument, ``ValueError`` for one that is not allowed.
     """
-    adapter: TypeAdapter[Options] = TypeAdapter(options)  # type: ignore[arg-type]
+    adapter = TypeAdapter(typing.cast(type[Options], options))
     hints = typing.get_type_hints(options)
     arguments = [p.replace(annotation=hints[p.name]) for p in inspect.signature(options).parameters.values()]
 
@@ -320,7 +320,7 @@ def accepts(
                 raise ValueError(f"expected {name} {expected}, got {value!r}" if name else expected) from None
             init(self, checked)
 
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
+        vars(__init__)["__signature__"] = signature  # which inspect.signature and help() show
         return __init__
 
     return decorate

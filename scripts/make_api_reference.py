@@ -141,7 +141,7 @@ def signature(thing: Documented) -> str:
 
 
 def declared_arguments(schema: type) -> Iterator[str]:
-    if all(field.kw_only for field in dataclasses.fields(schema)):  # type: ignore[arg-type]
+    if all(field.kw_only for field in dataclasses.fields(schema)):
         yield "*"
     for name, option in keys_of(schema).items():
         yield name if option.default is dataclasses.MISSING else f"{name}={option.default!r}"

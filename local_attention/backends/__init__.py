@@ -38,7 +38,7 @@ def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
     """The first of ``backends`` that :func:`can_compute` a cell.
 
     Raises:
-        NotImplementedError: naming the options that none of them computes.
+        ValueError: naming the options that none of them computes.
     """
     for backend in backends:
         if can_compute(backend, cell):
@@ -46,4 +46,4 @@ def choose_backend(backends: Sequence[Any], cell: Any) -> Any:
     unknown = options_in_use(cell.options).difference(*(backend.computes for backend in backends))
     names = ", ".join(backend.__name__ for backend in backends)
     what = f"computes {', '.join(sorted(unknown))}" if unknown else "is available with these options"
-    raise NotImplementedError(f"{type(cell).__name__}: none of {names} {what}")
+    raise ValueError(f"{type(cell).__name__}: none of {names} {what}")

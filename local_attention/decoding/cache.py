@@ -42,9 +42,9 @@ class StepInputs(NamedTuple):
 class KVCache:
     """Keys and values of all layers: ``keys[i]`` and ``values[i]`` are Parameters ``(b * heads * (length + 1), d)``.
 
-    A ring of ``length`` slots per head: a token's slot is its position modulo ``length``. One more slot, which no query
-    sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores depend on the
-    difference), but without the decay of xPos, which would leave float32's range.
+    A circular buffer of ``length`` slots per head: a token's slot is its position modulo ``length``. One more slot,
+    which no query sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores
+    depend on the difference), but without the decay of xPos, which would leave float32's range.
 
     Args:
         model: the model.

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -89,7 +90,7 @@ class StepController(Callback):
             )
 
 
-class Periodic(Callback):
+class Periodic(Callback, ABC):
     """Calls :meth:`act` every ``interval`` steps."""
 
     def __init__(self, state: RunState, interval: int) -> None:
@@ -107,8 +108,8 @@ class Periodic(Callback):
         if self.state.finished and self.last_step != self.state.step:
             self.act()
 
-    def act(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def act(self) -> None: ...
 
 
 class Report(Callback):

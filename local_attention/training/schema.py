@@ -59,10 +59,9 @@ def parse(schema: type[Config], config: DictConfig | Mapping[str, Any]) -> Confi
     Raises:
         UsageError: for an unknown key, and for a value of another type or out of range.
     """
-    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        group = config.get(field.name, {})
-        if isinstance(field.default_factory, type) and not isinstance(group, Mapping):
-            raise UsageError(f"{field.name}={format_value(group)}: expected {field.name}.KEY=VALUE")
+    for name in groups_of(schema):
+        if not isinstance(group := config.get(name, {}), Mapping):
+            raise UsageError(f"{name}={format_value(group)}: expected {name}.KEY=VALUE")
     try:
         is_node = OmegaConf.is_config(config)
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True) if is_node else config
@@ -80,10 +79,15 @@ def parse(schema: type[Config], config: DictConfig | Mapping[str, Any]) -> Confi
 
 def unknown_key(key: str, schema: type) -> str:
     """What to say of a ``key`` that the dataclass ``schema`` does not have."""
-    keys = keys_of(schema)
-    known = [*keys, *dict.fromkeys(name.split(".")[0] for name in keys if "." in name)]
+    known = [*keys_of(schema), *groups_of(schema)]
     similar = difflib.get_close_matches(key, known, 1) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     return f"{key}: no such key" + (f"; did you mean {similar[0]}?" if similar else "; --help lists them")
+
+
+def groups_of(schema: type) -> dict[str, type]:
+    """The dataclasses of the groups of keys in a dataclass, by name."""
+    factories: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(schema)}
+    return {name: group for name, group in factories.items() if isinstance(group, type)}
 
 
 class Key(NamedTuple):
@@ -118,8 +122,7 @@ def _keys_in(schema: type, described: dict[str, Any], groups: dict[str, Any], pr
     keys: dict[str, Key] = {}
     for field in dataclasses.fields(schema):
         entry = described["properties"][field.name]
-        group = field.default_factory
-        if isinstance(group, type):
+        if group := groups_of(schema).get(field.name):
             keys |= _keys_in(group, groups[group.__name__], groups, f"{prefix}{field.name}.")
             continue
         kinds = entry.get("anyOf", [entry])

@@ -203,11 +203,11 @@ def model_with_sinks(sinks):
 
 def test_an_option_that_no_backend_computes_is_refused_by_name():
     assert DecodingSession(model_with_sinks(0)).feed(sequences(1, 2)).shape == (1, 2, 11)
-    with pytest.raises(NotImplementedError, match=r"LocalMHA: none of .*CachedMHA computes sinks"):
+    with pytest.raises(ValueError, match=r"LocalMHA: none of .*CachedMHA computes sinks"):
         DecodingSession(model_with_sinks(3)).feed(sequences(1, 2))
     cell = LocalAttention(3)
     cell.options = AttentionWithSinks(**vars(cell.options), sinks=2)
-    with pytest.raises(NotImplementedError, match="LocalAttention: none of BlockedAttention computes sinks"):
+    with pytest.raises(ValueError, match="LocalAttention: none of BlockedAttention computes sinks"):
         choose_backend(SEQUENCE_BACKENDS, cell)
 
 
@@ -294,9 +294,9 @@ def test_the_first_backend_that_computes_all_options_and_is_available_is_chosen(
 
 
 def test_a_refusal_names_what_no_backend_computes():
-    with pytest.raises(NotImplementedError, match=r"Cell: none of Fast, Portable computes other$"):
+    with pytest.raises(ValueError, match=r"Cell: none of Fast, Portable computes other$"):
         choose_backend([Fast, Portable], Cell(on=True, other=1))
-    with pytest.raises(NotImplementedError, match=r"Cell: none of Fast computes on, other$"):
+    with pytest.raises(ValueError, match=r"Cell: none of Fast computes on, other$"):
         choose_backend([Fast], Cell(on=True, other=1))
 
 
