@@ -111,7 +111,7 @@ class DecodeLoop(nn.Cell):
                 step_inputs = step_inputs + (ops.gather(stacked, i, 0),)
             tokens = ops.gather(given, i, 0)
             tokens = ops.select(tokens < 0, sampled, tokens).reshape((-1, 1))
-            logits = self.step(tokens, previous, *step_inputs)
+            logits = self.next_logits(tokens, previous, step_inputs)
             if self.use_ngrams:
                 previous = ops.cat((previous, 1 + tokens), 1)[:, 1:]
             logits = logits.reshape((self.step.batch, -1))
@@ -120,3 +120,7 @@ class DecodeLoop(nn.Cell):
             self.write(self.logits, i.reshape(1), logits.reshape((1, self.step.batch, -1)))
             i = i + 1
         return self.sampled, self.logits
+
+    def next_logits(self, tokens, previous, inputs):
+        # not in construct: MindSpore 2.10 never frees a cell whose construct itself unpacks arguments in a loop
+        return self.step(tokens, previous, *inputs)

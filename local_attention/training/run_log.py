@@ -7,8 +7,9 @@ import logging
 import math
 import sys
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,15 @@ class RunLog:
         self.path, folder = Path(run_dir) / "metrics.jsonl", Path(run_dir) / "tensorboard"
         earlier = list(self.complete_lines(step)) if self.path.exists() else []
         write_text(self.path, "".join(line + "\n" for line in earlier))
-        self.file = self.path.open("a", encoding="utf-8")
+        files = ExitStack()
+        self.close = weakref.finalize(self, files.close)  # at the latest when a run has failed
+        self.file = files.enter_context(self.path.open("a", encoding="utf-8"))
         for events in folder.glob("events.*"):
             events.unlink()
         self.config = config or {}
-        self.tensorboard = SummaryWriter(str(folder), purge_step=0)  # a running TensorBoard drops its points
+        self.tensorboard = files.enter_context(
+            SummaryWriter(str(folder), purge_step=0)
+        )  # a running TensorBoard drops its points
         self.tensorboard.add_text("config", "```\n" + yaml.safe_dump(self.config, sort_keys=False) + "```", 0)
         records = [json.loads(line) for line in earlier]
         for record in records:
@@ -100,10 +105,6 @@ class RunLog:
         for name, score in scores.items():
             self.tensorboard.add_scalar(name, score, step)
 
-    def close(self) -> None:
-        self.file.close()
-        self.tensorboard.close()
-
 
 class NullRunLog:
     """The :class:`RunLog` of all processes except the main process: it writes nothing."""
@@ -129,7 +130,10 @@ class TqdmHandler(logging.Handler):
 
 def log_to_terminal() -> None:
     """Show log messages on the terminal, and buffer them for :func:`log_to_file`."""
+    _buffer.buffer.clear()  # what is left of an earlier run in this process
     for logger in map(logging.getLogger, LOGGERS):
+        for handler in logger.handlers:
+            handler.close()
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
         logger.handlers = [TqdmHandler(logging.INFO), _buffer]

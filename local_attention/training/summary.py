@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from local_attention.training.arguments import escape_interpolations
 from local_attention.training.checkpoint import write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
@@ -75,7 +76,7 @@ def print_next_steps(
     """Log the commands to sample, to show the curves, and to continue for twice as long."""
     longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
-    log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
+    log.info(f'sample:    python generate.py run={shlex.quote(escape_interpolations(str(run_dir)))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
 
@@ -104,7 +105,7 @@ def continue_command(
     """
     world_size = distributed.world_size
     program = ["python", "train.py"] if world_size == 1 else ["scripts/launch.sh", str(world_size)]
-    changes = [f"run_dir={run_dir}", "resume=auto", *changes]
+    changes = [f"run_dir={escape_interpolations(str(run_dir))}", "resume=auto", *changes]
     replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if world_size > 1 else set())
     kept = [override for override in overrides if override.split("=")[0] not in replaced]
     return shlex.join([*program, *kept, *changes])

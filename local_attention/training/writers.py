@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from mindspore import nn
@@ -42,13 +44,13 @@ def open_run_dir(
     Raises:
         UsageError: another run is writing to the directory.
     """
-    if distributed.is_main:
-        run_dir.create(paths.run_dir, config)
+    lock = run_dir.create(paths.run_dir, config) if distributed.is_main else None
     distributed.barrier()
     log_to_file(paths.run_dir, distributed.rank)
-    if not distributed.is_main:
+    if lock is None:
         return Writers(NullRunLog(), save_nothing, [])
     checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
     saver = Saver(checkpoints, model, optimizer, state, run_dir.provenance(config, corpus, distributed))
+    weakref.finalize(saver, os.close, lock)  # a process may run several runs, one after another
     callbacks = [Profile(paths.run_dir)] if config.train.profile else []
     return Writers(RunLog(paths.run_dir, state.step, as_dict(config)), saver, callbacks)

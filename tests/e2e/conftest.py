@@ -83,7 +83,10 @@ class Commands:
                 status = end.code
         ms.set_context(mode=mode)
         run_log._buffer.buffer.clear()
-        for logger, (level, logger.propagate, logger.handlers) in before.items():
+        for logger, (level, logger.propagate, handlers) in before.items():
+            for handler in {*logger.handlers} - {*handlers}:
+                handler.close()
+            logger.handlers = handlers
             logger.setLevel(level)
         return subprocess.CompletedProcess(arguments, status, out.buffer.getvalue(), err.buffer.getvalue().decode())
 
