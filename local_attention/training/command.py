@@ -110,7 +110,9 @@ def help_of(config_name: str, schema: type, about: str) -> str:
     for key, default, text in rows:
         first, *rest = textwrap.wrap(text, width - column - 3)
         lines += [f"  {f'{key}={default}':<{column}} {first}", *(f"{'':<{column + 3}}{line}" for line in rest)]
-    return "\n".join([*lines, "--cfg job prints the config of a command line instead of running it."]) + "\n"
+    lines.append("-m runs once for each combination of values that commas separate, such as -m seed=1,2.")
+    lines.append("--cfg job prints the config of a command line instead of running it.")
+    return "\n".join(lines) + "\n"
 
 
 def run_task(task: Task, config: Any) -> tuple[int, str]:
