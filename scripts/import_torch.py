@@ -13,12 +13,11 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydantic import StrictStr
 from pydantic.dataclasses import dataclass
 
 from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, RunConfig, check_model
+from local_attention.training.config import ModelConfig, RunConfig, UserPath, check_model
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, keys_of, parse, register_schema
 from scripts.torch_files import read_state, require_ending
@@ -51,10 +50,10 @@ ImportedModelConfig: Any = dataclass(config=CHECKED, kw_only=True)(
 class ImportConfig:
     """The weights to import, the run directory to write, and what is known about the model."""
 
-    weights: Annotated[
-        StrictStr | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")
-    ] = None
-    run_dir: Annotated[StrictStr | None, Help("where to write")] = None
+    weights: Annotated[UserPath | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")] = (
+        None
+    )
+    run_dir: Annotated[UserPath | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
 
 

@@ -84,10 +84,7 @@ class StepController(Callback):
         what = f"loss {self.bpb:.4g} bpb, gradient norm {self.grad_norm:.4g}"
         log.warning(f"step {state.step:>6,}  skipped: {what}")
         if state.skipped_in_a_row >= limit:
-            state.failure = (
-                f"step {state.step:,}: {what}; the last {state.skipped_in_a_row} steps were skipped; lower "
-                "optimizer.lr or train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
-            )
+            state.failure = f"step {state.step:,}: {what}; the last {state.skipped_in_a_row} steps were skipped"
 
 
 class Periodic(Callback, ABC):
@@ -292,6 +289,8 @@ class Saver:
         if self.saved_step == self.state.step and not best:
             return
         self.saved_step = self.state.step
+        if best:
+            self.state.best_step = self.state.step
         meta = {**self.state.state_dict(), **self.provenance}
         self.checkpoints.save(tensors_of(self.model, self.optimizer), meta, best)
 

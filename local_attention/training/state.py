@@ -28,6 +28,9 @@ class RunState:
     train_s: float = 0.0  # time in training steps only
     earlier_s: float = 0.0  # wall_s of earlier sessions
     best_val_bpb: float | None = None
+    best_step: int | None = None
+    measured_on: dict[str, Any] | None = None  # which bytes, and how, best_val_bpb was measured
+    init_from: dict[str, Any] | None = None  # the checkpoint whose weights the run began with
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
     received_signal: int | None = None  # a signal that this process has received
@@ -59,6 +62,11 @@ class RunState:
     def finished(self) -> bool:
         return self.progress >= 1
 
+    @property
+    def reached_limit(self) -> str:
+        """The key of the limit at which the run is finished."""
+        return "train.max_steps" if self.max_steps and self.step >= self.max_steps else "train.max_minutes"
+
     def seconds_left(self, seconds_per_step: float) -> float:
         """Estimate the remaining time of the run."""
         limits = []
@@ -70,7 +78,8 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the part that is stored in a checkpoint's sidecar."""
-        saved = {"step", "bytes_seen", "train_s", "best_val_bpb", "skipped_steps", "skipped_in_a_row"}
+        saved = {"step", "bytes_seen", "train_s", "skipped_steps", "skipped_in_a_row"}
+        saved |= {"best_val_bpb", "best_step", "measured_on", "init_from"}
         return {key: value for key, value in asdict(self).items() if key in saved} | {"wall_s": self.wall_s}
 
     def load_state_dict(self, meta: dict[str, Any]) -> None:
@@ -78,3 +87,4 @@ class RunState:
         self.step, self.bytes_seen, self.best_val_bpb = meta["step"], meta["bytes_seen"], meta["best_val_bpb"]
         self.train_s, self.earlier_s = meta["train_s"], meta["wall_s"]
         self.skipped_steps, self.skipped_in_a_row = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
+        self.best_step, self.init_from = meta.get("best_step"), meta.get("init_from")

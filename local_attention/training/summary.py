@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from local_attention.training.checkpoint import write_text
+from local_attention.training.checkpoint import Checkpoints, step_of, write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 from local_attention.training.evaluate import Evaluator, Score, eval_span
@@ -53,16 +53,20 @@ def score_splits(
 
 
 def write_summary(run_dir: str | Path, state: RunState, scores: dict[str, Score]) -> None:
-    """Write ``summary.json``, with the scores of :func:`score_splits`."""
+    """Write ``summary.json``, with the scores of :func:`score_splits`, unless it already contains them."""
+    path = Path(run_dir) / "summary.json"
+    results = {f"{split}_bpb": score.bpb for split, score in scores.items()}
+    if path.exists() and results.items() <= json.loads(path.read_text()).items():
+        return
     summary = {
         "steps": state.step,
         "bytes_seen": state.bytes_seen,
-        **{f"{split}_bpb": score.bpb for split, score in scores.items()},
+        **results,
         "bytes_per_s": state.bytes_seen / state.train_s,
         "peak_memory_bytes": peak_memory_bytes(),
         "wall_s": state.wall_s,
     }
-    write_text(Path(run_dir) / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(path, json.dumps(summary, indent=1) + "\n")
     log.info(
         f"{state.step:,} steps, {state.bytes_seen:,} bytes in {format_duration(state.wall_s)}, "
         f"{summary['bytes_per_s']:,.0f} bytes/s while training, peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB"
@@ -73,11 +77,18 @@ def print_next_steps(
     run_dir: str | Path, state: RunState, overrides: Sequence[str], distributed: Distributed = SINGLE_PROCESS
 ) -> None:
     """Log the commands to sample, to show the curves, and to continue for twice as long."""
-    longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
+    longer = [f"train.max_steps={2 * max(state.max_steps, state.step)}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
+
+
+def explain_failure(run_dir: str | Path, state: RunState) -> str:
+    """Return why a run has failed and what to do."""
+    saved = Checkpoints(Path(run_dir) / "checkpoints").complete()
+    again = f"continue from the last checkpoint, step {step_of(saved[-1]):,}" if saved else "start again"
+    return f"{state.failure}; lower optimizer.lr or train.clip_norm and {again}, or raise train.max_bad_steps"
 
 
 def print_interruption(
