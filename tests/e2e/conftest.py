@@ -84,8 +84,11 @@ class Commands:
                 status = end.code
         ms.set_context(mode=mode)
         run_log._buffer.buffer.clear()
-        for logger, (level, logger.propagate, logger.handlers) in before.items():
+        for logger, (level, propagate, handlers) in before.items():
+            for handler in set(logger.handlers) - set(handlers):
+                handler.close()
             logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
         return subprocess.CompletedProcess(arguments, status, out.buffer.getvalue(), err.buffer.getvalue().decode())
 
     def run(self, program, *arguments):
