@@ -80,7 +80,7 @@ def main(composed: DictConfig) -> int | None:
             state.synchronise(distributed)  # a signal may have come since the last step
     distributed.require_same_weights(model.get_parameters())  # also waits for the last checkpoint
     if state.failure:
-        raise RunError(summary.explain_failure(paths.run_dir, state))
+        raise RunError(summary.explain_failure(paths.run_dir, state, distributed))
     if state.signal:
         summary.print_interruption(paths.run_dir, state, hydra.overrides.task, distributed)
         return 128 + state.signal

@@ -84,9 +84,9 @@ def print_next_steps(
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
 
 
-def explain_failure(run_dir: str | Path, state: RunState) -> str:
+def explain_failure(run_dir: str | Path, state: RunState, distributed: Distributed = SINGLE_PROCESS) -> str:
     """Return why a run has failed and what to do."""
-    saved = Checkpoints(Path(run_dir) / "checkpoints").complete()
+    saved = distributed.broadcast_object(Checkpoints(Path(run_dir) / "checkpoints").complete)
     again = f"continue from the last checkpoint, step {step_of(saved[-1]):,}" if saved else "start again"
     return f"{state.failure}; lower optimizer.lr or train.clip_norm and {again}, or raise train.max_bad_steps"
 
