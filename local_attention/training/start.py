@@ -99,9 +99,9 @@ def check_same_run(
     for key, value in sorted(before.items()):
         if value == now.get(key):
             continue
+        several = key == "train.batch_size" and max(distributed.world_size, meta.get("workers", 1)) > 1
+        what = f"{key} times the number of workers" if several else key
         if key.startswith(tuple(fixed)):
-            several = key == "train.batch_size" and max(distributed.world_size, meta.get("workers", 1)) > 1
-            what = f"{key} times the number of workers" if several else key
             why = f" ({sizes[0]} sequences per step, now {sizes[1]})" if key in SEQUENCES_PER_STEP else ""
             fits = ", if they fit," if key.startswith("model.") else ""
             raise UsageError(
@@ -109,7 +109,7 @@ def check_same_run(
                 f"value, or begin a new run with these weights{fits} in another run_dir: init_from={source}"
             )
         if key in now and key not in ("run_dir", "resume", "init_from"):
-            changed.append(f"{key} from {value} to {now[key]}")
+            changed.append(f"{what} from {value} to {now[key]}")
     if changed:
         log.info(f"changed since the checkpoint: {', '.join(changed)}")
     divided = [key for key in SEQUENCES_PER_STEP if key in before and before[key] != now[key]]

@@ -72,7 +72,7 @@ def changed(key):
     group, _, name = key.rpartition(".")
     holder = getattr(config, group) if group else config
     before = getattr(holder, name)
-    value = CHANGED[key] if key in CHANGED else before + 3
+    value = CHANGED[key] if key in CHANGED else (before or 0) + 3
     assert value != before
     setattr(holder, name, value)
     return config, before, value
