@@ -270,7 +270,7 @@ class Saver:
     Args:
         checkpoints: where to save.
         model, optimizer, state: what to save.
-        provenance: further metadata, see :func:`run_dir.provenance`.
+        provenance: further metadata, see :func:`start.provenance`.
     """
 
     def __init__(

@@ -106,6 +106,15 @@ def test_a_mistake_with_init_from_is_one_line(commands, finished_run, overrides,
     assert not (commands.folder / "runs/new").exists()
 
 
+@pytest.mark.parametrize("argument", ["train.py resume", "train.py init_from", "generate.py run"])
+def test_a_tilde_on_the_command_line_is_the_home_directory(commands, monkeypatch, argument):
+    program, key = argument.split()
+    monkeypatch.setenv("HOME", str(commands.folder))
+    result = commands.call(program, f"{key}=~/nowhere")
+    assert result.returncode == 2
+    assert f"{commands.folder}/nowhere: no such run directory" in result.stderr
+
+
 @pytest.mark.slow
 def test_a_copy_without_links_goes_on_with_its_steps_divided_and_measured_otherwise(commands, finished_run, tmp_path):
     run_dir = tmp_path / "copy"
