@@ -60,6 +60,6 @@ endef
 	@echo "Setting up .venv-parity: about 1.2 GB to download, 4 GB on disk; takes some minutes."
 	rm -rf .venv-parity
 	$(PYTHON) -m venv .venv-parity
-	-.venv-parity/bin/python -m pip install --index-url https://download.pytorch.org/whl/cpu 'torch>=2.2,<3'
+	-.venv-parity/bin/python -m pip install --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch>=2.2,<3'
 	.venv-parity/bin/python -m pip install --editable '.[train,dev,parity]'
 	@touch $@

@@ -2,7 +2,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ def test_parity_has_an_environment_of_its_own(tmp_path):
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of make test
-    command = ["make", "--dry-run", f"PYTHON={sys.executable}", "parity"]
+    command = ["make", "--dry-run", "PYTHON=python3", "parity"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=outside)
-    installs = re.findall(r"^(\S+) -m pip install (?:--\S+ )*(.*)$", done.stdout, re.MULTILINE)
-    assert installs[-1] == (".venv-parity/bin/python", "'.[train,dev,parity]'")
-    assert {python for python, _ in installs} == {".venv-parity/bin/python"}
-    assert not re.search(r"\.venv\b(?!-)", done.stdout)
+    assert ".venv-parity/bin/python -m pip install --editable '.[train,dev,parity]'" in done.stdout.splitlines()
+    assert not re.search(r"\.venv\b(?!-parity)", done.stdout)
