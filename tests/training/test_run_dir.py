@@ -150,6 +150,8 @@ CHANGED = {  # key of a run's config: a value other than the default
     "data.dir": "elsewhere",
     "data.fallback": "stdlib",
     "data.max_bytes": 5,
+    "data.val_path": "elsewhere",
+    "data.test_path": "elsewhere",
     "model.exact_windowsize": False,
     "model.use_abs_pos_emb": False,
     "model.use_rotary_pos_emb": False,
@@ -215,6 +217,15 @@ def test_other_data_is_refused_even_with_the_same_name():
     with pytest.raises(UsageError) as error:
         check_same_run(RunConfig(), other, saved(RunConfig()))
     assert f"data.fingerprint was {CORPUS.fingerprint} in the run and is {other.fingerprint} now" in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_another_file_for_validation_or_testing_is_other_data(split):
+    own, other = (Corpus("some", CORPUS.bytes, {split: np.full(9, value, np.uint8)}) for value in (1, 2))
+    check_same_run(RunConfig(), own, saved(RunConfig(), own))
+    for now in (CORPUS, other):
+        with pytest.raises(UsageError, match=r"data\.fingerprint was"):
+            check_same_run(RunConfig(), now, saved(RunConfig(), own))
 
 
 def test_the_same_data_with_another_name_is_allowed():
