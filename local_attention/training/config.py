@@ -50,7 +50,9 @@ class OtherDataConfig:
     """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
 
     source: Annotated[Source | None, Help("null: the data of the run")] = None
-    path: Annotated[UserPath | None, Help("the file: raw, .gz, .xz, .bz2 or .zip, detected from its content")] = None
+    path: Annotated[
+        UserPath | None, Help("the file: raw, .gz, .xz, .bz2, .zst, .zip or .tar, detected from its content")
+    ] = None
     dir: Annotated[UserPath | None, Help("folder of enwik8, which is downloaded to it if necessary; null: data/")] = (
         None
     )
@@ -58,7 +60,13 @@ class OtherDataConfig:
         Literal["stdlib"] | None,
         Help("what to use if enwik8 is absent and cannot be downloaded; null: end with an error"),
     ] = None
-    max_bytes: Annotated[Count | None, Help("use only that many bytes, from the beginning; null: all")] = None
+    max_bytes: Annotated[
+        Count | None, Help("use only that many bytes of the source, from the beginning; null: all")
+    ] = None
+    val_path: Annotated[
+        UserPath | None, Help("own file for validation; null: 5% of the bytes, before those for testing")
+    ] = None
+    test_path: Annotated[UserPath | None, Help("own file for testing; null: the last 5% of the bytes")] = None
 
 
 @dataclass(config=CHECKED)
@@ -176,10 +184,16 @@ class GenerateConfig:
     """What ``generate.py`` samples."""
 
     run: Run = None
-    checkpoint: Annotated[UserPath, Help("best, last or a checkpoint file")] = "best"
+    checkpoint: Checkpoint = "best"
     prompt: Annotated[StrictStr, Help("text to continue; empty: a newline")] = ""
-    prompt_file: Annotated[UserPath | None, Help("a file to continue instead; -: standard input")] = None
+    prompt_file: Annotated[
+        UserPath | None, Help("a file to continue instead, raw or packed like data.path; -: standard input")
+    ] = None
     length: Annotated[StrictInt, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
+    stop: Annotated[
+        StrictStr | None,
+        Help(r"each sample ends before this text; \n, \t, \r, \\ and \xHH (a byte) are understood; null: at length"),
+    ] = None
     temperature: Annotated[StrictFloat, Ge(0), Help("divides the logits; 0: always the most likely byte")] = 0.8
     top_k: Annotated[Count | None, Help("sample among that many of the most likely bytes; null: all")] = None
     top_p: Annotated[
@@ -220,7 +234,7 @@ class ScoreConfig:
 
     run: Run = None
     checkpoint: Checkpoint = "best"
-    file: Annotated[UserPath | None, Help("the text to score; -: standard input")] = None
+    file: Annotated[UserPath | None, Help("the text to score, raw or packed like data.path; -: standard input")] = None
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
@@ -313,11 +327,10 @@ def check_model(model: ModelConfig) -> None:
 def generate_config(config: DictConfig) -> GenerateConfig:
     """Turn what Hydra composed into a checked :class:`GenerateConfig`; raises :class:`UsageError`."""
     generate = parse(GenerateConfig, config)
-    if not generate.run:
-        raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
+    require_run_or_file(generate, "sample from")
     if generate.prompt and generate.prompt_file:
         raise UsageError("expected one of prompt and prompt_file, got both")
-    if generate.length == 0 and generate.num_samples > 1:
+    if generate.length == 0 and generate.num_samples > 1 and not generate.stop:
         raise UsageError(f"length=0 never ends: expected num_samples=1 with it, got {generate.num_samples}")
     return generate
 

@@ -43,6 +43,8 @@ CHANGED = {  # key of a run's config: a value other than the default
     "data.dir": "elsewhere",
     "data.fallback": "stdlib",
     "data.max_bytes": 5,
+    "data.val_path": "elsewhere",
+    "data.test_path": "elsewhere",
     "model.exact_windowsize": False,
     "model.use_abs_pos_emb": False,
     "model.use_rotary_pos_emb": False,
@@ -134,11 +136,14 @@ def test_a_checkpoint_that_records_only_its_model_is_resumed_with_any_other_sett
         check_same_run(changed("model.dim")[0], CORPUS, meta)
 
 
-def test_data_whose_training_part_is_the_same_is_allowed_and_logged(caplog):
-    other = Corpus("some", np.concatenate([CORPUS.bytes[:180], CORPUS.bytes[:20]]))
-    check_same_run(RunConfig(), other, saved(RunConfig()))
-    fingerprints = f"data.fingerprint from {CORPUS.fingerprint} to {other.fingerprint}"
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_another_file_for_validation_or_testing_is_allowed_and_logged_if_the_training_data_are_the_same(caplog, split):
+    own, other = (Corpus("some", CORPUS.bytes, {split: np.full(9, value, np.uint8)}) for value in (1, 2))
+    check_same_run(RunConfig(), other, saved(RunConfig(), own))
+    fingerprints = f"data.fingerprint from {own.fingerprint} to {other.fingerprint}"
     assert caplog.messages == [f"changed since the checkpoint: {fingerprints}"]
+    with pytest.raises(UsageError, match=r"data\.fingerprint was"):  # 5% more of its bytes are for training
+        check_same_run(RunConfig(), own, saved(RunConfig()))
 
 
 def sized(batch_size, grad_accum_every):
