@@ -29,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from local_attention.training.terminal import accept_any_output
 from scripts.benchmarking import Worker, elapsed, work
 
 NAMES = {
@@ -192,6 +193,7 @@ def print_profile(arguments: argparse.Namespace, steps: int = 3) -> None:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("dim", 256, "channels"),
