@@ -87,14 +87,13 @@ def main(composed: DictConfig) -> int | None:
             scores = summary.score_splits(evaluator, corpus, state, log, train.final_eval_bytes)
     if state.signal:
         summary.print_interruption(paths.run_dir, state, hydra.overrides.task, distributed)
-        return 128 + state.signal
-    if distributed.is_main:
+    elif distributed.is_main:
         summary.write_summary(paths.run_dir, state, scores)
         log.log_hparams(state.step)
         summary.print_next_steps(paths.run_dir, state, hydra.overrides.task, distributed)
     log.close()
     distributed.barrier()
-    return None
+    return 128 + state.signal if state.signal else None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from local_attention.training.schedule import learning_rate
 from local_attention.training.signals import Interrupted, SignalCheck
 from local_attention.training.state import RunState
 from local_attention.training.step import TrainStep
-from local_attention.training.terminal import as_text, format_duration, join_what_fits
+from local_attention.training.terminal import as_text, columns_of, format_duration, join_what_fits
 
 Save = Callable[..., None]  # save(best=False): writes a checkpoint, or nothing
 
@@ -232,8 +232,9 @@ class Report(Callback):
         """Show the bar, and beside it what fits on the terminal, the most important first."""
         state = self.state
         position = f"step {state.step:,}" + (f"/{state.max_steps:,}" if state.max_steps else "")
-        columns = (self.bar.ncols or 80) - BAR_WIDTH - 1
-        self.bar.set_description_str(join_what_fits([position, *self.described], columns), refresh=False)
+        self.bar.ncols = columns_of(sys.stderr)  # which a user may have changed
+        text = join_what_fits([position, *self.described], self.bar.ncols - BAR_WIDTH - 1)
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(min(state.progress, 1.0) - self.bar.n)
 
     def on_train_end(self, run_context: RunContext) -> None:

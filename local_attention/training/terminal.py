@@ -24,6 +24,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def columns_of(stream: TextIO) -> int:
+    """The columns of a terminal that can be written to without a new line; 79 if they are unknown."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        columns = 0
+    return (columns or 80) - 1
+
+
 def join_what_fits(parts: Sequence[str], columns: int) -> str:
     """Join the first of ``parts``, as many as fit in ``columns``, by two spaces."""
     text = parts[0]
