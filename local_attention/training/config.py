@@ -132,6 +132,9 @@ class TrainConfig:
     grad_accum_every: Annotated[Count, Help("micro-batches per step")] = 4
     max_steps: Annotated[Count | None, Help("the run ends after that many steps; null: no limit")] = 10000
     max_minutes: Annotated[Positive | None, Help("or after that many minutes, with evaluations; null: no limit")] = None
+    stop_after: Annotated[
+        Count | None, Help("or after that many evaluations without a new best; null: evaluations do not end it")
+    ] = None
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
@@ -139,6 +142,10 @@ class TrainConfig:
     log_every: Annotated[Count, Help("steps from one line of metrics to the next")] = 10
     eval_every: Annotated[Count, Help("steps from one evaluation to the next")] = 250
     eval_bytes: Annotated[Count, Help("first bytes of the validation split, which evaluations score")] = 100_000
+    final_eval_bytes: Annotated[
+        Annotated[StrictInt, Ge(0)] | None,
+        Help("first bytes of the validation and the test split that the end of the run scores; null: all, 0: none"),
+    ] = None
     checkpoint_every: Annotated[Count, Help("steps from one checkpoint to the next, besides that at the end")] = 250
     keep_last: Annotated[Count, Help("newest checkpoints to keep, besides the best")] = 2
     generate_every: Annotated[Count, Help("steps from one sample to the next")] = 500

@@ -58,4 +58,4 @@ def open_run_dir(
     checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
     saver = Saver(checkpoints, model, optimizer, state, start.provenance(config, corpus, distributed))
     callbacks = [Profile(paths.run_dir)] if config.train.profile else []
-    return Writers(RunLog(paths.run_dir, state.step, as_dict(config)), saver, callbacks)
+    return Writers(RunLog(paths.run_dir, state, as_dict(config)), saver, callbacks)

@@ -79,3 +79,15 @@ def test_the_first_checkpoint_has_no_best_score(clock):
     other = RunState(20, None)
     other.load_state_dict(RunState(10, None).state_dict())
     assert other.best_val_bpb is None
+
+
+def test_an_early_stop_and_what_is_done_at_a_step_are_saved(clock):
+    state = RunState(10, None, 2, step=4, evaluations_since_best=2, events={"eval": 4, "sample": 2})
+    other = RunState(10, None, 3)
+    other.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert (state.finished, other.finished, other.evaluations_since_best) == (True, False, 2)
+    assert (other.has_happened("eval"), other.has_happened("sample")) == (True, False)
+
+
+def test_an_evaluation_without_a_limit_never_finishes_a_run(clock):
+    assert not RunState(10, None, evaluations_since_best=99).finished
