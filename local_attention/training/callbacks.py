@@ -186,6 +186,8 @@ class Report(Callback):
         self.described: list[str] = []
         self.bar = tqdm(
             total=1.0,
+            ncols=columns_of(sys.stderr),
+            nrows=20,  # where tqdm finds a terminal of unknown size, of 0 rows, it would show nothing
             initial=min(state.progress, 1.0),
             bar_format=f"{{bar:{BAR_WIDTH}}} {{desc}}",
             disable=not sys.stderr.isatty(),

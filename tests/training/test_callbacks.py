@@ -258,11 +258,9 @@ def test_lines_say_step_bpb_speed_and_time_left(clock, caplog):
 
 
 class Terminal(io.StringIO):
-    """A terminal of some width, and what is seen of it: the line that the bar has drawn last."""
+    """A terminal, and what is seen of it: the line that the bar has drawn last."""
 
-    def __init__(self, columns):
-        super().__init__()
-        self.columns, self.is_gone = columns, False
+    is_gone = False
 
     def write(self, text):
         if self.is_gone:
@@ -273,7 +271,7 @@ class Terminal(io.StringIO):
         return True
 
     def fileno(self):
-        return self  # for os.get_terminal_size
+        return 2
 
     @property
     def line(self):
@@ -285,9 +283,9 @@ def terminal(monkeypatch):
     """Makes standard error a terminal of this width."""
 
     def make(columns):
-        monkeypatch.setattr(sys, "stderr", Terminal(columns))
-        size = os.get_terminal_size
-        monkeypatch.setattr(os, "get_terminal_size", lambda fd: (fd.columns, 9) if fd is sys.stderr else size(fd))
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        size = os.terminal_size((columns, columns and 24))
+        monkeypatch.setattr(os, "get_terminal_size", lambda fd: size)
         return sys.stderr
 
     return make
@@ -325,6 +323,13 @@ def test_a_narrow_terminal_shows_the_time_left_and_whole_parts(clock, terminal):
     steps_of(callback, state, 1)
     callback.on_train_end(Context())
     assert stream.line == "step 4/200,000  222:13:04 left  train 4.000 bpb"  # and a bar that is still empty
+
+
+def test_a_terminal_of_unknown_size_shows_a_bar(clock, terminal):
+    stream = terminal(0)
+    state = RunState(100, None)
+    steps_of(report(state), state, 1)
+    assert stream.line.endswith(" step 1/100  train 1.000 bpb  60 bytes/s  180.0 GFLOP/s")
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(clock, terminal):
