@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from local_attention.training.terminal import accept_any_output
 from scripts.benchmarking import Worker, elapsed, work, workers_of_original
 from scripts.pytorch_original import import_original
 
@@ -122,6 +123,7 @@ def floor(arguments: argparse.Namespace) -> Iterator[list[float]]:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("batch", 1, "sequences per batch"),

@@ -28,6 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from local_attention.training.terminal import accept_any_output
 from scripts.benchmarking import Worker, elapsed, work, workers_of_original
 from scripts.pytorch_original import import_original
 
@@ -191,6 +192,7 @@ def print_profile(arguments: argparse.Namespace, steps: int = 3) -> None:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("dim", 256, "channels"),

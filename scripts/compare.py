@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.checkpoint import Checkpoints, tensor_sizes
 from local_attention.training.schema import flatten
+from local_attention.training.terminal import accept_any_output
 
 HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
 NOT_COMPARED = ("run_dir", "resume")
@@ -51,7 +52,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         figures |= dict(steps=record["step"], bytes_seen=record["bytes_seen"])
         if record["kind"] == "train":
             figures["bytes_per_s"] = record["bytes_per_s"]
-        elif record["kind"] == "eval":
+        elif record["kind"] == "eval" and not record.get("whole_split"):  # that is of an earlier end of the run
             figures[f"{record['split']}_bpb"] = record["bpb"]
     return figures
 
@@ -82,6 +83,7 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run directories, or folders that contain some")
     folders = parser.parse_args().runs

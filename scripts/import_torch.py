@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, RunConfig, check_model
+from local_attention.training.config import ModelConfig, RunConfig, UserPath, check_model
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, keys_of, parse, register_schema
 from scripts.torch_files import ENDINGS, State, read_state, require_ending
@@ -53,10 +53,10 @@ class ImportConfig:
     """The weights to import, the run directory to write, and what is known about the model."""
 
     weights: Annotated[
-        StrictStr | None,
+        UserPath | None,
         Help(f"state dict of PyTorch's LocalTransformer, alone or in a checkpoint: {', '.join(ENDINGS)}"),
     ] = None
-    run_dir: Annotated[StrictStr | None, Help("where to write")] = None
+    run_dir: Annotated[UserPath | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
     prefix: Annotated[
         StrictStr | None, Help("which of several models in the file: what its names begin with, such as ema_model.")

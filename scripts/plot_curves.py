@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from local_attention.training.terminal import accept_any_output
 
 
 class Point(NamedTuple):
@@ -32,7 +36,7 @@ def read_run(run_dir: Path) -> dict[str, list[Point]]:
         record: dict[str, Any] = json.loads(line) if line else {"kind": "none"}
         if record["kind"] == "train":
             curve = "train"
-        elif record["kind"] == "eval" and (record["split"] == "test" or not record.get("whole_split")):
+        elif record["kind"] == "eval" and (record["split"] == "test" or "whole_split" not in record):
             curve = record["split"]
         else:
             continue
@@ -62,6 +66,7 @@ def draw(run_dirs: list[Path], output: str) -> None:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("-o", "--output", default="curves.png", help="picture to write (default: curves.png)")

@@ -1,6 +1,7 @@
 """Hydra entry points with one-line errors and the usual exit statuses.
 
-Status 0: success; 1: failure; 2: usage error; 130, 141 and 143: ended by Ctrl-C, a closed pipe, SIGTERM.
+Status 0: success; 1: failure; 2: usage error; 129, 130, 141 and 143: ended by a closed terminal, Ctrl-C, a closed pipe,
+SIGTERM.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Container
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from local_attention.training.schema import format_value, keys_of, unknown_key
 from local_attention.training.signals import deliver_to_python
+from local_attention.training.terminal import accept_any_output, discard_unwritten_output
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -56,6 +59,7 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
+            accept_any_output()
             deliver_to_python()
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(help_of(config_name, schema, task.__globals__.get("__doc__") or ""), end="")
@@ -65,6 +69,8 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
                 run()
             except (HydraException, OmegaConfBaseException, ValueError) as error:  # "model=null" is a ValueError
                 sys.exit(print_error(explain(error, schema), 2))
+            finally:
+                discard_unwritten_output()
 
         return main
 
@@ -123,7 +129,8 @@ def run_task(task: Task, config: DictConfig) -> int | None:
 
 def print_error(error: object, status: int) -> int:
     """Print an error in one line and return ``status``."""
-    print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
     return status
 
 

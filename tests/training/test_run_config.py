@@ -286,6 +286,32 @@ def test_a_file_needs_its_path(checked, name):
     assert checked(name, data__source="file", data__path="a").data.path == "a"
 
 
+def test_a_run_begins_with_weights_or_continues(checked):
+    with pytest.raises(UsageError, match=r"init_from=a begins a new run, resume=b continues one: give one of them"):
+        checked("train", init_from="a", resume="b")
+    for resume in ("auto", None):
+        assert checked("train", init_from="a", resume=resume).init_from == "a"
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("train", ["run_dir", "resume", "data.path", "data.dir"]),
+        ("train", ["run_dir", "init_from"]),
+        ("generate", ["run", "checkpoint", "prompt_file"]),
+        ("evaluate", ["run", "checkpoint", "data.path", "data.dir", "data.val_path", "data.test_path"]),
+        ("score", ["run", "checkpoint", "file"]),
+        ("import_torch", ["weights", "run_dir"]),
+        ("export_torch", ["run", "checkpoint", "output"]),
+    ],
+)
+def test_a_tilde_is_the_home_directory(checked, monkeypatch, tmp_path, name, keys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = checked(name, **{key.replace(".", "__"): "~/a.pt" for key in keys})
+    values = flatten(as_dict(config))
+    assert [values[key] for key in keys] == [f"{tmp_path}/a.pt"] * len(keys)
+
+
 def test_generating_takes_one_prompt(checked):
     assert "prompt and prompt_file" in message_of(checked, "generate", prompt="a", prompt_file="b")
     assert checked("generate", prompt="a").prompt == "a"
