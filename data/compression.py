@@ -218,8 +218,9 @@ def _open_zst(file: IO[bytes]) -> AbstractContextManager[IO[bytes]]:
         raise _CannotUnpackError(
             "is packed with zstd: pip install backports.zstd, or unpack it first, for example with zstd -d"
         ) from None
-    any_window = {zstd.DecompressionParameter.window_log_max: 31}  # as zstd --ultra --long=31 writes
-    return zstd.ZstdFile(file, options=any_window)
+    any_window = {int(zstd.DecompressionParameter.window_log_max): 31}  # as zstd --ultra --long=31 writes
+    opened: Any = zstd.ZstdFile(file, options=any_window)
+    return opened
 
 
 _OPEN: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
