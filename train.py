@@ -14,7 +14,7 @@ def main(composed: DictConfig) -> int | None:
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.training import run_dir, summary
+    from local_attention.training import run_dir, start, summary
     from local_attention.training.batches import batch_dataset
     from local_attention.training.build import build_model
     from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, StepController, Stop, make_up
@@ -30,13 +30,17 @@ def main(composed: DictConfig) -> int | None:
     from local_attention.training.step import TrainStep, compile_step
     from local_attention.training.writers import open_run_dir
 
-    hydra, train = HydraConfig.get(), config.train
+    hydra = HydraConfig.get()
     log_to_terminal()
     use_device(config.device.target)
     distributed = init_distributed(config.parallel)  # a single process, unless msrun has started several
 
-    # Load the bytes.
+    # Find out where the run writes and what it starts from.
     paths = run_dir.find_run_paths(config, hydra.runtime.choices.get("experiment") or "default", distributed)
+    config = start.complete_config(config, paths, hydra.overrides.task, distributed)
+    train = config.train
+
+    # Load the bytes.
     corpus = data.load(config.data)
     corpus.require("train", "val", "test", sequence_bytes=train.seq_len + 1)
     distributed.require_same_config(config, corpus)
@@ -51,8 +55,9 @@ def main(composed: DictConfig) -> int | None:
 
     # Restore the checkpoint, if the run is resumed. From here on, the run directory is written.
     state = RunState(train.max_steps, train.max_minutes, train.stop_after)
-    run_dir.resume(paths, config, corpus, model, optimizer, state, distributed)
-    log, save, more_callbacks = open_run_dir(paths, config, corpus, model, optimizer, state, distributed)
+    trained_with = start.restore(paths, config, corpus, model, optimizer, state, distributed)
+    paths = run_dir.claim(paths, distributed)
+    log, save, more_callbacks = open_run_dir(paths, trained_with, corpus, model, optimizer, state, distributed)
     run_dir.announce(paths, model, train, distributed)
     warn_if_memory_is_short(model, train)
 
@@ -66,7 +71,6 @@ def main(composed: DictConfig) -> int | None:
     ]
     save_last, stop = SaveLast(state, train.checkpoint_every, save), Stop(state, check_signals)
     callbacks = [controller, report, *events, save_last, *more_callbacks, stop]
-    state.synchronise(distributed)
     with StopOnSignal(state), explain_lost_worker():
         if not state.finished:
             compile_step(step, train)
@@ -79,7 +83,7 @@ def main(composed: DictConfig) -> int | None:
             ms.Model(step).train(1, dataset, callbacks=callbacks, dataset_sink_mode=False)
         distributed.require_same_weights(model.get_parameters())  # also waits for the last checkpoint
         if state.failure:
-            raise RunError(state.failure)
+            raise RunError(summary.explain_failure(paths.run_dir, state, distributed))
 
         # Score the best weights on the validation and test splits.
         if not state.signal:

@@ -9,8 +9,8 @@
 A step is forward, backward, clipping and Adam; with ``--attention`` only forward and backward. Each implementation runs
 in its own process, and their steps alternate. The results are medians over steps, and the peak memory of each process.
 The floor is the time that the matrix products would take at the rate of a large product in MindSpore, without scores
-that are masked. PyTorch is measured in eager mode if the parity extra is installed: ``pip install -e '.[parity]'``;
-with ``--bfloat16`` also under autocast.
+that are masked. PyTorch is measured in eager mode, with ``--bfloat16`` also under autocast, if ``make parity`` has set
+up its environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.terminal import accept_any_output
-from scripts.benchmarking import Worker, elapsed, work
+from scripts.benchmarking import Worker, elapsed, work, workers_of_original
+from scripts.pytorch_original import import_original
 
 NAMES = {
     "floor": "floor: matrix products",
@@ -124,11 +124,10 @@ def ours(arguments: argparse.Namespace) -> Iterator[float]:
 
 def original(arguments: argparse.Namespace, bfloat16: bool = False) -> Iterator[float]:
     """Time steps of the PyTorch package."""
+    module = import_original()
+
     import torch
 
-    from scripts.pytorch_original import import_original
-
-    module = import_original()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
     if arguments.attention:
         *inputs, gradient = (torch.from_numpy(array).requires_grad_() for array in heads(arguments))
@@ -228,12 +227,10 @@ def main() -> int:
         print_profile(arguments)
         return 0
 
-    names = ["floor", "ours"]
-    if find_spec("torch"):
-        names += ["original", "bfloat16"] if arguments.bfloat16 else ["original"]
-    workers = {name: Worker(name) for name in names}
+    workers = {name: Worker(name) for name in ("floor", "ours")}
+    workers |= workers_of_original("original", *["bfloat16"] * arguments.bfloat16)
     first = {name: worker.round() for name, worker in workers.items()}
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for i in range(2 + arguments.rounds):
         for name, worker in workers.items():
             measured = worker.round()

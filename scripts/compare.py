@@ -52,7 +52,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         figures |= dict(steps=record["step"], bytes_seen=record["bytes_seen"])
         if record["kind"] == "train":
             figures["bytes_per_s"] = record["bytes_per_s"]
-        elif record["kind"] == "eval":
+        elif record["kind"] == "eval" and not record.get("whole_split"):  # that is of an earlier end of the run
             figures[f"{record['split']}_bpb"] = record["bpb"]
     return figures
 

@@ -87,10 +87,7 @@ class StepController(Callback):
         what = f"loss {self.bpb:.4g} bpb, gradient norm {self.grad_norm:.4g}"
         log.warning(f"step {state.step:>6,}  skipped: {what}")
         if state.skipped_in_a_row >= limit:
-            state.failure = (
-                f"step {state.step:,}: {what}; the last {state.skipped_in_a_row} steps were skipped; lower "
-                "optimizer.lr or train.clip_norm and continue from the last checkpoint, or raise train.max_bad_steps"
-            )
+            state.failure = f"step {state.step:,}: {what}; the last {state.skipped_in_a_row} steps were skipped"
 
 
 class Stop(Callback):
@@ -357,7 +354,7 @@ class Saver:
     Args:
         checkpoints: where to save.
         model, optimizer, state: what to save.
-        provenance: further metadata, see :func:`run_dir.provenance`.
+        provenance: further metadata, see :func:`start.provenance`.
     """
 
     def __init__(
@@ -373,6 +370,8 @@ class Saver:
         self.saved: Metadata | None = None
 
     def __call__(self, best: bool = False) -> None:
+        if best:
+            self.state.best_step = self.state.step
         state = self.state.state_dict()
         without_clock = {**state, "wall_s": None}
         if self.saved == without_clock and not best:

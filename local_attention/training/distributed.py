@@ -134,7 +134,7 @@ class Distributed:
         own = flatten({**as_dict(config), "data": {**as_dict(config.data), "fingerprint": corpus.fingerprint}})
         main = self.broadcast_object(lambda: own)
         for key, value in own.items():
-            if value != main[key] and key not in ("data.path", "data.dir", "run_dir"):
+            if value != main[key] and not key.endswith(("path", "dir")):
                 raise UsageError(
                     f"worker {self.rank} has {key}={value}, worker 0 has {main[key]}: use the same value for both"
                 )

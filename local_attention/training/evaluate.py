@@ -47,7 +47,7 @@ class EvalSpan(NamedTuple):
 def eval_span(corpus: Corpus, split: str, max_bytes: int | None = None) -> EvalSpan:
     """Return the first ``max_bytes`` bytes of a split, or all of it."""
     start, stop = corpus.bounds(split)
-    return EvalSpan(corpus.bytes, start, stop if max_bytes is None else min(stop, start + max_bytes))
+    return EvalSpan(corpus.array(split), start, stop if max_bytes is None else min(stop, start + max_bytes))
 
 
 class Window(NamedTuple):

@@ -31,6 +31,9 @@ class RunState:
     train_s: float = 0.0  # time in training steps only
     earlier_s: float = 0.0  # wall_s of earlier sessions
     best_val_bpb: float | None = None
+    best_step: int | None = None
+    measured_on: dict[str, Any] | None = None  # which bytes, and how, best_val_bpb was measured
+    init_from: dict[str, Any] | None = None  # the checkpoint whose weights the run began with
     evaluations_since_best: int = 0
     events: dict[str, int] = field(default_factory=dict)  # the step of the last "eval" and of the last "sample"
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
@@ -76,6 +79,13 @@ class RunState:
         """Whether the "eval" or "sample" of the current step is done; if a signal has interrupted it, it is not."""
         return self.events.get(event, 0) == self.step
 
+    @property
+    def reached_limit(self) -> str:
+        """The key of the limit at which the run is finished."""
+        if self.max_steps and self.step >= self.max_steps:
+            return "train.max_steps"
+        return "train.max_minutes" if self.progress >= 1 else "train.stop_after"
+
     def seconds_left(self, seconds_per_step: float) -> float:
         """Estimate the remaining time of the run."""
         limits = []
@@ -88,7 +98,7 @@ class RunState:
     def state_dict(self) -> dict[str, Any]:
         """Return the part that is stored in a checkpoint's sidecar."""
         saved = {"step", "bytes_seen", "train_s", "skipped_steps", "skipped_in_a_row"}
-        saved |= {"best_val_bpb", "evaluations_since_best", "events"}
+        saved |= {"best_val_bpb", "best_step", "measured_on", "init_from", "evaluations_since_best", "events"}
         return {key: value for key, value in asdict(self).items() if key in saved} | {"wall_s": self.wall_s}
 
     def load_state_dict(self, meta: dict[str, Any]) -> None:
@@ -96,5 +106,6 @@ class RunState:
         self.step, self.bytes_seen, self.best_val_bpb = meta["step"], meta["bytes_seen"], meta["best_val_bpb"]
         self.train_s, self.earlier_s = meta["train_s"], meta["wall_s"]
         self.skipped_steps, self.skipped_in_a_row = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
+        self.best_step, self.init_from = meta.get("best_step"), meta.get("init_from")
         self.evaluations_since_best = meta.get("evaluations_since_best", 0)
         self.events = dict(meta.get("events", {"eval": self.step, "sample": self.step}))

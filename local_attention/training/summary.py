@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from local_attention.training.checkpoint import write_text
+from local_attention.training.checkpoint import Checkpoints, step_of, write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 from local_attention.training.evaluate import Evaluator, Score, eval_span
@@ -84,17 +84,25 @@ def score_splits(
 
 
 def write_summary(run_dir: str | Path, state: RunState, scores: dict[str, Score]) -> None:
-    """Write ``summary.json``, with the scores of :func:`score_splits`; null for a split that was not scored."""
+    """Write ``summary.json``, with the scores of :func:`score_splits`; null for a split that was not scored.
+
+    A summary that contains these scores is kept.
+    """
+    path = Path(run_dir) / "summary.json"
+    results = {f"{split}_bpb": score.bpb for split, score in scores.items()}
+    if path.exists() and results.items() <= json.loads(path.read_text()).items():
+        return
     bytes_per_s, memory = state.bytes_seen / state.train_s, peak_memory_bytes()
     summary = {
         "steps": state.step,
         "bytes_seen": state.bytes_seen,
-        **{f"{split}_bpb": scores[split].bpb if split in scores else None for split in SPLITS},
+        **dict.fromkeys(f"{split}_bpb" for split in SPLITS),
+        **results,
         "bytes_per_s": bytes_per_s,
         "peak_memory_bytes": memory,
         "wall_s": state.wall_s,
     }
-    write_text(Path(run_dir) / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(path, json.dumps(summary, indent=1) + "\n")
     log.info(
         f"{state.step:,} steps, {state.bytes_seen:,} bytes in {format_duration(state.wall_s)}, "
         f"{bytes_per_s:,.0f} bytes/s while training, peak memory {memory / 1e9:.2f} GB"
@@ -105,12 +113,19 @@ def print_next_steps(
     run_dir: str | Path, state: RunState, overrides: Sequence[str], distributed: Distributed = SINGLE_PROCESS
 ) -> None:
     """Log the commands to sample, to show the curves, and to continue for twice as long."""
-    longer = [f"train.max_steps={2 * state.max_steps}"] if state.max_steps else []
+    longer = [f"train.max_steps={2 * max(state.max_steps, state.step)}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     longer += ["train.stop_after=null"] if state.stopped_early else []
     log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
+
+
+def explain_failure(run_dir: str | Path, state: RunState, distributed: Distributed = SINGLE_PROCESS) -> str:
+    """Return why a run has failed and what to do."""
+    saved = distributed.broadcast_object(Checkpoints(Path(run_dir) / "checkpoints").complete)
+    again = f"continue from the last checkpoint, step {step_of(saved[-1]):,}" if saved else "start again"
+    return f"{state.failure}; lower optimizer.lr or train.clip_norm and {again}, or raise train.max_bad_steps"
 
 
 def print_interruption(

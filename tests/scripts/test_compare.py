@@ -45,7 +45,9 @@ def describe_all(runs):
 
 def test_an_unfinished_run_shows_its_newest_figures(run):
     common = dict(wall_s=1.0)
+    earlier_end = dict(kind="eval", step=0, bytes_seen=0, bpb=1.0, split="test", whole_split=True, **common)
     records = [
+        earlier_end,
         dict(kind="train", step=1, bytes_seen=100, bpb=8.0, bytes_per_s=50.0, **common),
         dict(kind="eval", step=2, bytes_seen=200, bpb=3.0, split="val", **common),
         dict(kind="train", step=3, bytes_seen=300, bpb=7.0, bytes_per_s=60.0, **common),

@@ -626,7 +626,8 @@ def test_a_step_is_saved_once_unless_it_has_become_the_best(saver):
     saver.state.step = 5
     saver()
     assert saver.written == [4, 4, 5]
-    assert [read(saver.checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [4, 5]
+    metas = [read(saver.checkpoints.find(name))[1] for name in ("best", "last")]
+    assert [(meta["step"], meta["best_step"]) for meta in metas] == [(4, 4), (5, 4)]
 
 
 def test_a_step_is_saved_again_once_its_evaluation_is_done(saver):

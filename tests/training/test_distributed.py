@@ -133,7 +133,8 @@ def test_workers_with_other_settings_or_data_are_refused():
 
 def test_paths_may_differ_between_machines():
     config = RunConfig()
-    assert error_of_rank_1(replace(config, data=replace(config.data, path="elsewhere", dir="there"))) is None
+    elsewhere = dict(path="elsewhere", dir="there", val_path="elsewhere", test_path="elsewhere")
+    assert error_of_rank_1(replace(config, data=replace(config.data, **elsewhere))) is None
 
 
 # What a run uses them for.

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Tensor
 
+from data import Corpus
 from local_attention.training import evaluate
-from local_attention.training.evaluate import Evaluator, windows
+from local_attention.training.evaluate import Evaluator, eval_span, windows
 from tests.training.toys import Clock, examples, log_softmax, tiny_transformer
 
 SEQ_LEN = 16
@@ -150,6 +151,14 @@ def test_the_first_byte_is_predicted_from_the_byte_before_the_span(fake):
 def test_the_first_byte_of_the_data_is_predicted_from_a_newline(fake):
     fake(COUNT, 0, 5)
     assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
+
+
+def test_the_first_byte_of_an_own_file_is_predicted_from_a_newline_and_not_from_the_training_split(fake):
+    corpus = Corpus("some", np.full(200, 7, np.uint8), {"val": COUNT[:60]})
+    score = fake(*eval_span(corpus, "val", 40))
+    assert (score.bytes_scored, score.bpb) == (40, pytest.approx(20.5))
+    assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
+    assert eval_span(corpus, "test")[1:] == (190, 200)
 
 
 def test_all_calls_have_one_shape_and_thus_one_graph(fake):

@@ -61,6 +61,7 @@ def test_wall_s_counts_earlier_sessions_too(clock):
 
 def test_a_saved_state_is_restored_and_its_clock_continues(clock):
     state = RunState(10, None, step=3, bytes_seen=300, train_s=4.5, earlier_s=50.0, best_val_bpb=2.5, signal=15)
+    state.best_step, state.init_from = 2, {"step": 9}
     clock.now += 7
     meta = json.loads(json.dumps(state.state_dict()))
     clock.now += 1000  # time between two sessions
@@ -69,6 +70,7 @@ def test_a_saved_state_is_restored_and_its_clock_continues(clock):
     other.load_state_dict(meta)
     assert (other.step, other.bytes_seen, other.train_s, other.best_val_bpb) == (3, 300, 4.5, 2.5)
     assert other.wall_s == 58
+    assert other.best_step == 2 and other.init_from == {"step": 9}
     assert other.max_steps == 20  # the limit is that of the new session
     assert other.signal is None
 

@@ -9,6 +9,7 @@ import pytest
 
 from data import Corpus
 from local_attention.training import summary
+from local_attention.training.checkpoint import Checkpoints
 from local_attention.training.command import quote
 from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.evaluate import Score
@@ -16,6 +17,7 @@ from local_attention.training.run_log import NullRunLog
 from local_attention.training.state import RunState
 from local_attention.training.summary import (
     continue_command,
+    explain_failure,
     print_interruption,
     print_next_steps,
     score_splits,
@@ -62,6 +64,18 @@ def test_the_summary_has_these_keys_and_values(tmp_path, state, monkeypatch):
         "peak_memory_bytes": 123456789,
         "wall_s": 20.0,
     }
+
+
+def test_a_summary_that_contains_the_scores_is_kept(tmp_path, state, caplog):
+    write_summary(tmp_path, state, SCORES)
+    written = (tmp_path / "summary.json").read_text()
+    caplog.clear()
+    state.earlier_s += 100
+    for scores in (SCORES, {"val": SCORES["val"]}, {}):
+        write_summary(tmp_path, state, scores)
+    assert ((tmp_path / "summary.json").read_text(), caplog.messages) == (written, [])
+    write_summary(tmp_path, state, {**SCORES, "test": Score(2.0, 80)})
+    assert json.loads((tmp_path / "summary.json").read_text())["test_bpb"] == 2.0
 
 
 def test_the_summary_is_logged_in_one_line(tmp_path, state, caplog):
@@ -206,6 +220,19 @@ def test_an_interrupted_run_logs_where_it_was_saved_and_how_to_continue(state, c
         "interrupted: saved step 40 in runs/a/checkpoints",
         "continue:  python train.py seed=3 run_dir=runs/a resume=auto",
     ]
+
+
+def test_a_failed_run_says_from_where_to_continue_if_there_is_a_checkpoint(tmp_path):
+    state = RunState(50, None, failure="step 7: loss nan bpb")
+    advice = "step 7: loss nan bpb; lower optimizer.lr or train.clip_norm and {}, or raise train.max_bad_steps"
+    assert explain_failure(tmp_path, state) == advice.format("start again")
+    Checkpoints(tmp_path / "checkpoints").save({"model.w": np.zeros(1, np.float32)}, {"step": 5})
+    assert explain_failure(tmp_path, state) == advice.format("continue from the last checkpoint, step 5")
+
+
+def test_a_finished_run_goes_on_beyond_its_last_step(caplog):
+    print_next_steps("runs/a", RunState(5, None, step=12), [])
+    assert caplog.messages[-1].endswith("train.max_steps=24")
 
 
 @pytest.mark.parametrize(
