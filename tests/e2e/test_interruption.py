@@ -12,6 +12,7 @@ import termios
 
 import pytest
 
+from local_attention.training import step
 from local_attention.training.evaluate import Evaluator
 from tests.e2e.conftest import DROPOUT, ROOT, TINY
 
@@ -75,6 +76,15 @@ def test_without_final_scores_the_summary_has_none(commands, unscored_run):
     assert not final_records(run_dir)
 
 
+def test_after_a_signal_during_compilation_no_step_is_taken(commands, unscored_run, monkeypatch):
+    _, arguments = unscored_run("compiled")
+    monkeypatch.setattr(step, "compile_step", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    result = commands.call("train.py", *arguments, "train.max_steps=24")
+    assert result.returncode == 143, result.stderr
+    shown = result.stdout.decode()
+    assert "interrupted: saved step 12 in runs/compiled/checkpoints\n" in shown and "\nstep " not in shown
+
+
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves_its_step(commands):
     terminal, end = pty.openpty()
@@ -96,5 +106,5 @@ def test_a_run_whose_terminal_is_closed_saves_its_step(commands):
     assert process.wait(timeout=120) == 129
     log = (commands.folder / "runs/closed-terminal/train.log").read_text()
     assert "SIGHUP: saving and stopping after the step or batch at hand" in log
-    step = int(log.split("interrupted: saved step ")[1].split()[0])
-    assert (commands.folder / f"runs/closed-terminal/checkpoints/step-{step:08d}.json").exists()
+    saved = int(log.split("interrupted: saved step ")[1].split()[0])
+    assert (commands.folder / f"runs/closed-terminal/checkpoints/step-{saved:08d}.json").exists()
