@@ -56,22 +56,25 @@ class LocalMHA(nn.Cell):
         Returns:
             ``(b, n, dim)``.
         """
-        return self.attend_with(self.attention, x, (mask, None, attn_bias))
+        return self.attend_with(self.attend, x, (mask, attn_bias))
 
-    def attend_with(self, attention, x, inputs):
-        """Project ``x: (b, n, dim)``, attend by ``attention(q, k, v, *inputs)``, and project the result.
+    def attend_with(self, attend, x, inputs):
+        """Project ``x: (b, n, dim)``, attend by ``attend(q, k, v, *inputs)``, and project the result.
 
-        ``q, k, v: (b h, n, d)``. In training ``attention`` is the :class:`LocalAttention`; in decoding it is
-        :meth:`CachedMHA.attend`, which reads and writes the KV cache.
+        ``q, k, v: (b, n, h d)``. In training ``attend`` is :meth:`attend`; in decoding it is :meth:`CachedMHA.attend`,
+        which reads and writes the KV cache.
         """
         b = x.shape[0]
         q, k, v, gates = self.project(x.reshape((-1, x.shape[2])))
-        out = attention(self.heads_of(q, b), self.heads_of(k, b), self.heads_of(v, b), *inputs)
-        return self.merge(self.merge_heads(out), gates).reshape(x.shape)
+        out = attend(q.reshape((b, -1, q.shape[1])), k.reshape((b, -1, k.shape[1])), v.reshape((b, -1, v.shape[1])), *inputs)
+        return self.merge(out.reshape(q.shape), gates).reshape(x.shape)
 
-    def heads_of(self, x, b):
-        """``(b n, h d) -> (b h, n, d)``."""
-        return self.split_heads(x.reshape((b, -1, x.shape[-1])))
+    def attend(self, q, k, v, mask, attn_bias):
+        """Attention of a sequence to itself: ``q, k, v: (b, n, h d)``, returns the same shape."""
+        if self.attention.takes_projections:
+            return self.attention.attend_heads(q, k, v, self.heads, mask, attn_bias)
+        out = self.attention(self.split_heads(q), self.split_heads(k), self.split_heads(v), mask, None, attn_bias)
+        return self.merge_heads(out).reshape(q.shape)
 
     def project(self, x):
         """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.

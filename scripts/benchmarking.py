@@ -23,8 +23,8 @@ class Worker:
     Within one process, the threads of two frameworks would compete for the cores.
     """
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, sys.argv[0], "--worker", name, *sys.argv[1:]]
+    def __init__(self, name: str, *options: str) -> None:
+        command = [sys.executable, sys.argv[0], "--worker", name, *sys.argv[1:], *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def round(self) -> dict[str, Any]:
