@@ -30,7 +30,7 @@ class LocalMHA(nn.Cell):
         dim, heads, dim_head = options.dim, options.heads, options.dim_head
         self.heads, self.dim_head = heads, dim_head
         inner = heads * dim_head
-        self.norm = LayerNorm(dim) if options.prenorm else None
+        self.norm = LayerNorm(dim, 4 if options.gate_values_per_head else 3) if options.prenorm else None
         self.to_q, self.to_k, self.to_v = dense(dim, inner), dense(dim, inner), dense(dim, inner)
         self.to_out = dense(inner, dim)
         self.qk_rmsnorm = options.qk_rmsnorm

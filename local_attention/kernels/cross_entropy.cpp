@@ -33,6 +33,10 @@ void for_each_row(int64_t rows, const Task &task) {
   });
 }
 
+bool in_range(const int32_t *labels, int64_t rows, int64_t classes) {
+  return std::all_of(labels, labels + rows, [=](int32_t label) { return label >= 0 && label < classes; });
+}
+
 }  // namespace
 
 OPERATOR(cross_entropy_forward) {
@@ -40,6 +44,7 @@ OPERATOR(cross_entropy_forward) {
   if (!fit("fif", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kLogits][0], classes = shapes[kLogits][1];
+  if (!in_range(tensors.integers(kLabels), rows, classes)) return 2;
   for_each_row(rows, [&](int64_t row) {
     const float *logits = tensors[kLogits] + row * classes;
     tensors[kLosses][row] = log_sum_exp(logits, classes) - logits[tensors.integers(kLabels)[row]];
@@ -52,6 +57,7 @@ OPERATOR(cross_entropy_backward) {
   if (!fit("fiff", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kLogits][0], classes = shapes[kLogits][1];
+  if (!in_range(tensors.integers(kLabels), rows, classes)) return 2;
   for_each_row(rows, [&](int64_t row) {
     const float *logits = tensors[kLogits] + row * classes, factor = tensors[kDLosses][row];
     float *out = tensors[kDLogits] + row * classes;

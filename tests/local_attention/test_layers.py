@@ -58,7 +58,7 @@ class NormedProducts(nn.Cell):
 
     def __init__(self, dim):
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, 1)
 
     def construct(self, x, weight):
         return self.norm(x, (weight[:3], weight[3:]))[1]
