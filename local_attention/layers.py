@@ -185,18 +185,15 @@ class FeedForward(nn.Cell):
         return self.matmul_nt(inner, self.to_out.weight).reshape(x.shape)
 
 
-class CrossEntropy(nn.Cell):
-    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+class SoftmaxCrossEntropy(nn.Cell):
+    """:class:`CrossEntropy` by MindSpore's own operators."""
 
     def __init__(self):
         super().__init__()
         self.log_softmax, self.exp, self.gather = ops.LogSoftmax(-1), ops.Exp(), ops.GatherD()
         self.one_hot, self.matmul = ops.OneHot(), ops.MatMul()
-        self.fused = shared_cell(FusedCrossEntropy) if training_kernels_run(self) else None
 
     def construct(self, logits, labels):
-        if self.fused is not None and logits.dtype == ms.float32:
-            return self.fused(logits, labels.astype(ms.int32))
         return -self.gather(self.log_softmax(logits), 1, labels.reshape((-1, 1))).reshape(-1)
 
     def bprop(self, logits, labels, out, grad):
@@ -205,3 +202,17 @@ class CrossEntropy(nn.Cell):
             labels, classes, ops.ones((), logits.dtype), ops.zeros((), logits.dtype)
         )
         return error * self.matmul(grad.reshape((-1, 1)), ops.ones((1, classes), grad.dtype)), ops.zeros_like(labels)
+
+
+class CrossEntropy(nn.Cell):
+    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.softmax_cross_entropy = SoftmaxCrossEntropy()
+        self.fused = shared_cell(FusedCrossEntropy) if training_kernels_run(self) else None
+
+    def construct(self, logits, labels):
+        if self.fused is not None and logits.dtype == ms.float32:
+            return self.fused(logits, labels.astype(ms.int32))
+        return self.softmax_cross_entropy(logits, labels)

@@ -6,6 +6,7 @@
 // the gradients of keys are summed in an order that does not depend on the number of threads.
 
 #include <cmath>
+#include <vector>
 
 #include "gemm.h"
 #include "operator.h"
@@ -82,31 +83,39 @@ class Attention {
   const float *rotation, *decay, *keep, *bias;
 };
 
-// Both halves of the channels have the same angles.
-INLINE void rotate(const float *x, const float *cos, const float *sin, float factor, int64_t half, float *out) {
+// Both halves of the channels, (first, second), have the same angles: they become (first cos - second sin, second cos +
+// first sin).
+INLINE void rotate(const float *first, const float *second, const float *cos, const float *sin, int64_t half,
+                   float *RESTRICT out, float *RESTRICT second_out) {
   for (int64_t c = 0; c < half; ++c) {
-    const float first = x[c], second = x[c + half];  // `out` may be `x`
-    out[c] = (first * cos[c] - second * sin[c]) * factor;
-    out[c + half] = (second * cos[c] + first * sin[c]) * factor;
-  }
-}
-
-INLINE void rotate_back(const float *x, const float *cos, const float *sin, float factor, int64_t half, float *out) {
-  for (int64_t c = 0; c < half; ++c) {
-    const float first = x[c], second = x[c + half];
-    out[c] = (first * cos[c] + second * sin[c]) * factor;
-    out[c + half] = (second * cos[c] - first * sin[c]) * factor;
+    const float x = first[c], y = second[c];
+    out[c] = x * cos[c] - y * sin[c];
+    second_out[c] = y * cos[c] + x * sin[c];
   }
 }
 
 FOR_EACH_PROCESSOR void rotate_rows(Matrix x, const float *cos, const float *sin, int64_t rows, int64_t d, float factor,
                                     float *out) {
-  for (int64_t r = 0; r < rows; ++r) rotate(x[r], cos + r * d, sin + r * d, factor, d / 2, out + r * d);
+  const int64_t half = d / 2;
+  for (int64_t r = 0; r < rows; ++r, cos += d, sin += d, out += d) {
+    const float *row = x[r];
+    rotate(row, row + half, cos, sin, half, out, out + half);
+    if (factor != 1)
+      for (int64_t c = 0; c < d; ++c) out[c] *= factor;
+  }
 }
 
+// By the opposite angles; `out` may be `x`.
 FOR_EACH_PROCESSOR void rotate_rows_back(Matrix x, const float *cos, const float *sin, int64_t rows, int64_t d,
                                          float factor, Matrix out) {
-  for (int64_t r = 0; r < rows; ++r) rotate_back(x[r], cos + r * d, sin + r * d, factor, d / 2, out[r]);
+  const int64_t half = d / 2;
+  std::vector<float> rotated(d);
+  for (int64_t r = 0; r < rows; ++r, cos += d, sin += d) {
+    const float *row = x[r];
+    rotate(row + half, row, cos, sin, half, &rotated[half], &rotated[0]);
+    float *to = out[r];
+    for (int64_t c = 0; c < d; ++c) to[c] = rotated[c] * factor;
+  }
 }
 
 void Attention::load(Matrix x, int64_t first, int64_t rows, float factor, int64_t origin, bool of_keys, float *out) const {
@@ -181,12 +190,13 @@ FOR_EACH_PROCESSOR void probabilities_row(float *scores, int64_t begin, int64_t 
 }
 
 // The gradient of the scores, from that of the weights: ds = p (dp - out · dout).
-FOR_EACH_PROCESSOR void scores_gradient(const float *p, const float *out, const float *dout, int64_t e, int64_t span, float *dp) {
+FOR_EACH_PROCESSOR void scores_gradient(const float *p, const float *out, const float *dout, int64_t e, int64_t span,
+                                        float *RESTRICT dp) {
   const float delta = dot(out, dout, e);
   for (int64_t j = 0; j < span; ++j) dp[j] = p[j] * (dp[j] - delta);
 }
 
-FOR_EACH_PROCESSOR void add(const float *x, int64_t count, float *to) {
+FOR_EACH_PROCESSOR void add(const float *x, int64_t count, float *RESTRICT to) {
   for (int64_t i = 0; i < count; ++i) to[i] += x[i];
 }
 

@@ -21,13 +21,13 @@ INLINE float normal_cdf(float x) { return 0.5f + 0.5f * erf(x * 0.707106781f); }
 INLINE float normal_density(float x) { return 0.398942280f * exp_of_negative(-0.5f * x * x); }
 
 // out = value gelu(gate), the exact GELU.
-FOR_EACH_PROCESSOR void geglu(const float *value, const float *gate, int64_t n, float *out) {
+FOR_EACH_PROCESSOR void geglu(const float *value, const float *gate, int64_t n, float *RESTRICT out) {
   for (int64_t c = 0; c < n; ++c) out[c] = value[c] * gate[c] * normal_cdf(gate[c]);
 }
 
 // The same again, and the gradients of value and gate from that of the result.
-FOR_EACH_PROCESSOR void geglu_backward(const float *value, const float *gate, const float *dout, int64_t n, float *out,
-                                       float *dvalue, float *dgate) {
+FOR_EACH_PROCESSOR void geglu_backward(const float *value, const float *gate, const float *dout, int64_t n,
+                                       float *RESTRICT out, float *RESTRICT dvalue, float *RESTRICT dgate) {
   for (int64_t c = 0; c < n; ++c) {
     const float cdf = normal_cdf(gate[c]);
     out[c] = value[c] * gate[c] * cdf;

@@ -21,7 +21,7 @@ INLINE Moments moments(const float *x, int64_t n) {
 }
 
 FOR_EACH_PROCESSOR void normalise_rows(const float *x, const float *gamma, const float *beta, int64_t rows, int64_t n,
-                                       float *out) {
+                                       float *RESTRICT out) {
   for (int64_t r = 0; r < rows; ++r, x += n, out += n) {
     const Moments m = moments(x, n);
     for (int64_t c = 0; c < n; ++c) out[c] = (x[c] - m.mean) * m.inverse_deviation * gamma[c] + beta[c];
@@ -29,7 +29,8 @@ FOR_EACH_PROCESSOR void normalise_rows(const float *x, const float *gamma, const
 }
 
 FOR_EACH_PROCESSOR void normalise_rows_backward(const float *x, const float *gamma, const float *dout, int64_t rows,
-                                                int64_t n, float *dx, float *dgamma, float *dbeta) {
+                                                int64_t n, float *RESTRICT dx, float *RESTRICT dgamma,
+                                                float *RESTRICT dbeta) {
   std::fill_n(dgamma, n, 0.0f);
   std::fill_n(dbeta, n, 0.0f);
   for (int64_t r = 0; r < rows; ++r, x += n, dout += n, dx += n) {

@@ -13,6 +13,7 @@
 #else
 #define FOR_EACH_PROCESSOR
 #endif
+#define RESTRICT __restrict__  // an output that no other argument overlaps: without it some loops are not vectorised
 #define INLINE __attribute__((always_inline)) inline  // into those functions, to be compiled like them
 
 namespace kernels {
