@@ -60,7 +60,7 @@ class LocalAttention(nn.Cell):
         self.l2_norm = shared_cell(L2Norm) if options.shared_qk else None
         self.self_value = TOKEN_SELF_ATTN_VALUE if options.shared_qk else 0
         self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
-        self.takes_projections = self.attend.takes_projections
+        self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         """Attend.
@@ -92,9 +92,9 @@ class LocalAttention(nn.Cell):
         return self.attend_heads(q, k, v, 1, mask, attn_bias, window).reshape((*shape[:-1], e))
 
     def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None):
-        """Attend with checked shapes and heads side by side: ``q, k: (b, n, h d)``, ``v: (b, n, h e)``.
+        """Attend with heads side by side, ``q, k: (b, n, h d)``, ``v: (b, n, h e)``; returns ``(b, n, h e)``.
 
-        Several heads only for a backend that takes projections. Returns ``(b, n, h e)``.
+        Several heads only where the backend takes them, see :meth:`takes_projections`.
         """
         groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
         window = self.window_size if window_size is None else window_size
@@ -103,7 +103,7 @@ class LocalAttention(nn.Cell):
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
-        if self.takes_projections:
+        if self.takes_projections(q):
             if self.l2_norm is not None:
                 k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
             return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
@@ -113,7 +113,12 @@ class LocalAttention(nn.Cell):
             q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d))
             k_cos, k_sin = self.rotary.tables(groups, length, 1.0)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
-        return self.attend(q, k, v, self.mask_spec(window), mask, attn_bias)
+        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
+
+    def takes_projections(self, q):
+        """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
+        rotated. Backends in C++ do so, for float32."""
+        return self.attend.takes_projections and q.dtype == ms.float32
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.
