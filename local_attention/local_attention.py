@@ -103,7 +103,7 @@ class LocalAttention(nn.Cell):
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
-        if self.takes_projections(q):
+        if self.takes_projections(q, window):
             if self.l2_norm is not None:
                 k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
             return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
@@ -115,10 +115,10 @@ class LocalAttention(nn.Cell):
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
         return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
 
-    def takes_projections(self, q):
+    def takes_projections(self, q, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
-        rotated. Backends in C++ do so, for float32."""
-        return self.attend.takes_projections and q.dtype == ms.float32
+        rotated. Backends in C++ do so, for float32 and up to a window."""
+        return self.attend.takes_projections and q.dtype == ms.float32 and window_size <= self.attend.max_window
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.

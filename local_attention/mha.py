@@ -71,7 +71,7 @@ class LocalMHA(nn.Cell):
 
     def attend(self, q, k, v, mask, attn_bias):
         """Attention of a sequence to itself: ``q, k, v: (b, n, h d)``, returns the same shape."""
-        if self.attention.takes_projections(q):
+        if self.attention.takes_projections(q, self.attention.window_size):
             return self.attention.attend_heads(q, k, v, self.heads, mask, attn_bias)
         out = self.attention(self.split_heads(q), self.split_heads(k), self.split_heads(v), mask, None, attn_bias)
         return self.merge_heads(out).reshape(q.shape)

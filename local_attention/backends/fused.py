@@ -1,5 +1,7 @@
 """What fused operators in C++ compute for whole sequences on a CPU: training, evaluation and prefill."""
 
+import math
+
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
@@ -36,16 +38,14 @@ class FusedAttention(nn.Cell):
         super().__init__()
         self.rotary, self.has_decay = attention.rotary, attention.has_decay
         self.scale, self.self_value = attention.scale, attention.self_value
+        self.max_window = max_window(attention)
         self.attend = shared_cell(FusedAttend)
         self.absent = ms.Tensor(np.zeros(1, np.float32))  # a single axis means absent
 
     @staticmethod
     def is_available(attention: nn.Cell) -> bool:
-        """Where the operators run, unless the decay of xPos, over the keys that a tile sees, is beyond float32."""
-        window = attention.window_size
-        span = (attention.look_backward + attention.look_forward + 2) * window + TILE
-        overflows = attention.has_decay and span > MAX_DECAY_SPAN * attention.rotary.scale_base
-        return training_kernels_run(attention) and not overflows
+        """Where the operators run, up to :func:`max_window`."""
+        return training_kernels_run(attention) and attention.window_size <= max_window(attention)
 
     def construct(self, q, k, v, heads, spec, mask=None, attn_bias=None):
         """``q, k: (b, n, h d)``, ``v: (b, n, h e)``, returns ``(b, n, h e)``; the rest as :class:`BlockedAttention`."""
@@ -60,6 +60,14 @@ class FusedAttention(nn.Cell):
         factors = factor_table(heads, d**-0.5 if self.scale is None else self.scale, self.self_value)
         bias = self.absent if attn_bias is None else attn_bias
         return self.attend(q, k, v, size_table(spec), factors, rotation, decay, keep, bias)[0]
+
+
+def max_window(attention):
+    """The largest window for which the decay of xPos, over the keys that a tile sees, is within float32."""
+    if not attention.has_decay:
+        return math.inf
+    windows = attention.look_backward + attention.look_forward + 2
+    return (MAX_DECAY_SPAN * attention.rotary.scale_base - TILE) // windows
 
 
 class FusedAttend(nn.Cell):

@@ -29,6 +29,8 @@ class FusedNormLinear(nn.Cell):
 
 
 def norm_linear_shapes(x, gamma, beta, *weights):
+    for dim in [gamma[1], *[weight[1] for weight in weights]]:
+        check(x[1:] == [dim], f"x: (rows, {dim})", x)
     shapes = tuple([x[0], weight[0]] for weight in weights)
     return shapes if len(shapes) > 1 else shapes[0]
 
@@ -58,6 +60,7 @@ class FusedFeedForward(nn.Cell):
 
 
 def feed_forward_shapes(x, gamma, beta, to_value, *others):
+    check(x[1:] == gamma[1:], f"x: (rows, {gamma[1]})", x)
     inner = [x[0], to_value[0]]
     return x, inner, inner
 
@@ -67,7 +70,7 @@ class FusedCrossEntropy(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.forward = operator("cross_entropy_forward", lambda logits, labels: labels)
+        self.forward = operator("cross_entropy_forward", cross_entropy_shapes)
         self.backward = operator("cross_entropy_backward")
 
     def construct(self, logits, labels):
@@ -76,3 +79,14 @@ class FusedCrossEntropy(nn.Cell):
 
     def bprop(self, logits, labels, out, grad):
         return self.backward(logits, labels, grad), ops.zeros_like(labels)
+
+
+def cross_entropy_shapes(logits, labels):
+    check(labels == logits[:1], f"labels: ({logits[0]},)", labels)
+    return labels
+
+
+def check(fits, expected, got):
+    """Refuse shapes that do not fit, as the operators themselves do not look."""
+    if not fits:
+        raise ValueError(f"expected {expected}, got {tuple(got)}")

@@ -18,7 +18,7 @@ thread_local Scratch of_thread, of_chunk;
 }  // namespace
 
 OPERATOR(norm_linear_forward) {
-  if (!all_float(count, types)) return 1;
+  if (!all_float(count, types) || (count - kWeights) % 2) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1];
   const int weights = (count - kWeights) / 2, results = kWeights + weights;
@@ -36,7 +36,7 @@ OPERATOR(norm_linear_forward) {
 
 // The gradients of x, gamma, beta and the weights, from those of the results.
 OPERATOR(norm_linear_backward) {
-  if (!all_float(count, types)) return 1;
+  if (!all_float(count, types) || count % 3) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1];
   const int weights = (count - 2 * kWeights) / 3, dys = kWeights + weights, dx = dys + weights;

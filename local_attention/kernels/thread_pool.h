@@ -22,7 +22,7 @@ class ThreadPool {
     return *pool;
   }
 
-  // Call task(0), …, task(count - 1), with count < 2²⁰, on at most `threads` threads, and return when all have returned.
+  // Call task(0), …, task(count - 1) on at most `threads` threads, and return when all have returned.
   template <typename Task>
   void parallel_for(int64_t count, const Task &task, int64_t threads = kMaxThreads) {
     std::unique_lock<std::mutex> free(busy_, std::try_to_lock);
@@ -30,9 +30,22 @@ class ThreadPool {
       for (int64_t i = 0; i < count; ++i) task(i);
       return;
     }
+    threads_ = threads;
+    for (int64_t first = 0; first < count; first += kMask)
+      run_tasks(std::min<int64_t>(kMask, count - first), [&](int64_t i) { task(first + i); });
+  }
+
+ private:
+  ThreadPool() {
+    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMaxThreads);
+    for (int64_t i = 1; i < threads; ++i) std::thread([this, i] { work(i); }).detach();
+  }
+
+  // The tasks of one ticket, which has room for kMask.
+  template <typename Task>
+  void run_tasks(int64_t count, const Task &task) {
     call_ = [](const void *task, int64_t i) { (*static_cast<const Task *>(task))(i); };
     task_ = &task;
-    threads_ = threads;
     returned_ = 0;
     ticket_ = ((ticket_ >> 2 * kBits) + 1) << 2 * kBits | uint64_t(count) << kBits;
     if (sleeping_ > 0) {
@@ -42,12 +55,6 @@ class ThreadPool {
     while (run_task(0)) {
     }
     while (returned_ < count) std::this_thread::yield();
-  }
-
- private:
-  ThreadPool() {
-    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMaxThreads);
-    for (int64_t i = 1; i < threads; ++i) std::thread([this, i] { work(i); }).detach();
   }
 
   // Run a task, if there is one for this thread.
