@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from mindspore import nn, ops
 
+from local_attention.kernels import has_gemm, library
 from tests.local_attention import reference
 
 both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
@@ -13,6 +14,9 @@ in_a_graph = pytest.mark.parametrize("mode", ["graph"], indirect=True)
 slowly_in_a_graph = pytest.mark.parametrize(
     "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
 )
+# The fused operators in C++ for whole sequences are optional.
+needs_fused = pytest.mark.skipif(library() is None or not has_gemm(), reason="the operators in C++ do not run here")
+both_paths = pytest.mark.parametrize("path", [pytest.param("fused", marks=needs_fused), "portable"], indirect=True)
 # For assert_gradients: along random directions; in the slow set each entry by itself.
 directions_or_entries = pytest.mark.parametrize(
     "every_entry", [pytest.param(False, id="directions"), pytest.param(True, marks=pytest.mark.slow, id="entries")]

@@ -550,7 +550,8 @@ def test_dropout_drops_a_share_of_the_weights_in_training_only(mode, rng):
     attention = LocalAttention(32, look_backward=0, look_forward=0, dropout=0.25)
     attention.set_train(False)
     weights = run(attention, q, k, v)
-    np.testing.assert_array_equal(run(LocalAttention(32, look_backward=0, look_forward=0), q, k, v), weights)
+    without = run(LocalAttention(32, look_backward=0, look_forward=0), q, k, v)
+    np.testing.assert_allclose(without, weights, atol=1e-5)
     attention.set_train()
     dropped, again = run(attention, q, k, v), run(attention, q, k, v)
     zero = dropped == 0
