@@ -16,11 +16,16 @@ slowly_in_a_graph = pytest.mark.parametrize(
 )
 # The fused operators in C++ for whole sequences are optional.
 needs_fused = pytest.mark.skipif(library() is None or not has_gemm(), reason="the operators in C++ do not run here")
-both_paths = pytest.mark.parametrize("path", [pytest.param("fused", marks=needs_fused), "portable"], indirect=True)
 # For assert_gradients: along random directions; in the slow set each entry by itself.
 directions_or_entries = pytest.mark.parametrize(
     "every_entry", [pytest.param(False, id="directions"), pytest.param(True, marks=pytest.mark.slow, id="entries")]
 )
+
+
+def both_paths(test):
+    """Let cells that the test builds compute by fused operators in C++, and again by MindSpore's own."""
+    paths = [pytest.param("fused", marks=needs_fused), "portable"]
+    return pytest.mark.usefixtures("path")(pytest.mark.parametrize("path", paths, indirect=True)(test))
 
 
 def examples(count):

@@ -29,7 +29,7 @@ def mode(request, monkeypatch, tmp_path):
 
 @pytest.fixture
 def path(request, monkeypatch):
-    """Let the cells that a test builds compute by fused operators in C++ or by MindSpore's own, as ``@both_paths`` says."""
+    """Let cells that the test builds compute by operators in C++ where these are there, or by MindSpore's own alone."""
     if request.param == "portable":
         monkeypatch.setattr(kernels, "library", lambda: None)
     return request.param
