@@ -101,7 +101,8 @@ class LayerNorm(nn.Cell):
             x = self.layer_norm(x.reshape((-1, 1, x.shape[1])), self.gamma, self.beta)[0].reshape(x.shape)
             return tree_map(ops.partial(self.matmul_nt, x), weights)
         if self.fused is not None and x.dtype == ms.float32:
-            return self.fused(x, self.gamma, self.beta, weights)
+            products = self.fused(x, self.gamma, self.beta, weights)
+            return (products,) if len(weights) == 1 else products
         return tree_map(ops.partial(self.multiply, self.standardise(x)), weights)
 
     def multiply(self, x, weight):

@@ -19,12 +19,15 @@ class FusedNormLinear(nn.Cell):
         self.backward = operator("norm_linear_backward", inputs_as_shapes(3 + outputs), 3 + outputs)
 
     def construct(self, x, gamma, beta, weights):
-        """``x: (rows, dim)``, ``weights``: each ``(d, dim)``; returns a tuple of ``(rows, d)``."""
-        products = self.forward(x, gamma, beta, *weights)
-        return (products,) if self.outputs == 1 else products
+        """``x: (rows, dim)``, ``weights``: each ``(d, dim)``; returns a tuple of ``(rows, d)``, or a single one by itself.
+
+        (In eager mode the gradient of a tuple of one is no tuple.)
+        """
+        return self.forward(x, gamma, beta, *weights)
 
     def bprop(self, x, gamma, beta, weights, out, grad):
-        gradients = self.backward(x, gamma, beta, *weights, *grad)
+        grads = (grad,) if self.outputs == 1 else grad
+        gradients = self.backward(x, gamma, beta, *weights, *grads)
         return gradients[0], gradients[1], gradients[2], gradients[3:]
 
 

@@ -42,7 +42,7 @@ thread_local Scratch of_thread, of_chunk;
 
 OPERATOR(feed_forward_forward) {
   enum { kOut = kInputs, kValues, kGates };  // (rows, dim), and for the backward pass twice (rows, inner)
-  if (!all_float(count, types)) return 1;
+  if (!fit("ffffff" "fff", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const LayerNorm norm{tensors[kGamma], tensors[kBeta], dim};
@@ -63,7 +63,7 @@ OPERATOR(feed_forward_backward) {
     kValues = kInputs, kGates, kDOut,                 // of the forward pass, and the gradient of its result
     kDX, kDGamma, kDBeta, kDToValue, kDToGate, kDToOut,  // the gradients of the inputs
   };
-  if (!all_float(count, types)) return 1;
+  if (!fit("ffffff" "fff" "ffffff", count, types)) return 1;
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const LayerNorm norm{tensors[kGamma], tensors[kBeta], dim};
