@@ -10,9 +10,8 @@ from itertools import chain, combinations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import nn, ops
 
-from tests.local_attention.cells import in_a_graph, needs_fused, parameters, tensor
+from tests.local_attention.cells import ValueAndAllGradients, in_a_graph, needs_fused, parameters, tensor
 from tests.local_attention.golden import FOLDER, KINDS, load
 
 LOADED = {kind: load(kind) for kind in KINDS}
@@ -63,19 +62,6 @@ FEW = {kind: slow_but_for(few(LOADED[kind])[1:], few(LOADED[kind])) for kind in 
 IN_CPP = ("LocalAttention", "LocalMHA", "LocalTransformer")
 NOT_IN_CPP = ("DynamicPositionBias", "SinusoidalEmbeddings")
 LESS_VARIED = {kind: slow_but_for(varied(LOADED[kind], 0.6), LOADED[kind]) for kind in IN_CPP}
-
-
-class ValueAndAllGradients(nn.Cell):
-    """``(net(*inputs), (gradients for inputs, gradients for parameters))`` of ``(cotangent, *inputs)``."""
-
-    def __init__(self, net):
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.parameters = ms.ParameterTuple(net.trainable_params())
-        self.grad = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
-
-    def construct(self, cotangent, *inputs):
-        return self.net(*inputs), self.grad(self.net, self.parameters)(*inputs, cotangent)
 
 
 def as_input(x):
