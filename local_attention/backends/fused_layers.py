@@ -19,9 +19,9 @@ class FusedNormLinear(nn.Cell):
         self.backward = operator("norm_linear_backward", inputs_as_shapes(3 + outputs), 3 + outputs)
 
     def construct(self, x, gamma, beta, weights):
-        """``x: (rows, dim)``, ``weights``: each ``(d, dim)``; returns a tuple of ``(rows, d)``, or a single one by itself.
+        """``x: (rows, dim)``, ``weights``: each ``(d, dim)``; returns ``(rows, d)``, of several weights as a tuple.
 
-        (In eager mode the gradient of a tuple of one is no tuple.)
+        (In eager mode, the gradient of a tuple of one is no tuple.)
         """
         return self.forward(x, gamma, beta, *weights)
 
