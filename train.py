@@ -10,28 +10,33 @@ def main(config: RunConfig) -> int | None:
     from hydra.core.hydra_config import HydraConfig
 
     import data
-    from local_attention.training import run_dir, summary
+    from local_attention.training import run_dir, start, summary
     from local_attention.training.batches import batch_dataset
     from local_attention.training.build import build_model
-    from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, StepController
+    from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, StepController, Stop, make_up
     from local_attention.training.device import use_device, warn_if_memory_is_short
     from local_attention.training.distributed import explain_lost_worker, init_distributed
     from local_attention.training.errors import RunError
     from local_attention.training.evaluate import Evaluator, eval_span
+    from local_attention.training.flops import flops_per_byte
     from local_attention.training.optimizer import build_optimizer
     from local_attention.training.run_log import log_to_terminal
-    from local_attention.training.signals import StopOnSignal
+    from local_attention.training.signals import SignalCheck, StopOnSignal
     from local_attention.training.state import RunState
     from local_attention.training.step import TrainStep, compile_step
     from local_attention.training.writers import open_run_dir
 
-    hydra, train = HydraConfig.get(), config.train
+    hydra = HydraConfig.get()
     log_to_terminal()
     use_device(config.device.target)
     distributed = init_distributed(config.parallel)  # a single process, unless msrun has started several
 
-    # Load the bytes.
+    # Find out where the run writes and what it starts from.
     paths = run_dir.find_run_paths(config, hydra.runtime.choices.get("experiment") or "default", distributed)
+    config = start.complete_config(config, paths, hydra.overrides.task, distributed)
+    train = config.train
+
+    # Load the bytes.
     corpus = data.load(config.data)
     corpus.require("train", "val", "test", sequence_bytes=train.seq_len + 1)
     distributed.require_same_config(config, corpus)
@@ -45,48 +50,50 @@ def main(config: RunConfig) -> int | None:
     evaluator = Evaluator(model, train.seq_len, train.batch_size, distributed)
 
     # Restore the checkpoint, if the run is resumed. From here on, the run directory is written.
-    state = RunState(train.max_steps, train.max_minutes)
-    run_dir.resume(paths, config, corpus, model, optimizer, state, distributed)
-    log, save, more_callbacks = open_run_dir(paths, config, corpus, model, optimizer, state, distributed)
+    state = RunState(train.max_steps, train.max_minutes, train.stop_after)
+    trained_with = start.restore(paths, config, corpus, model, optimizer, state, distributed)
+    paths = run_dir.claim(paths, distributed)
+    log, save, more_callbacks = open_run_dir(paths, trained_with, corpus, model, optimizer, state, distributed)
     run_dir.announce(paths, model, train, distributed)
     warn_if_memory_is_short(model, train)
 
     # Train. After each step, the callbacks run in this order.
-    controller = StepController(state, step, config, distributed)
-    report = Report(state, controller, log, train.log_every)
+    controller, check_signals = StepController(state, step, config, distributed), SignalCheck(state, distributed, save)
+    report = Report(state, controller, log, train.log_every, flops_per_byte(model, train.seq_len))
     span, prompt = eval_span(corpus, "val", train.eval_bytes), corpus.val[: min(64, train.seq_len)]
-    callbacks = [
-        controller,
-        report,
-        Evaluate(state, train.eval_every, report, log, evaluator, span, save),
-        Sample(state, train.generate_every, log, model, prompt, train.generate_length, config.seed),
-        SaveLast(state, train.checkpoint_every, save),
-        *more_callbacks,
+    events = [
+        Sample(state, train.generate_every, check_signals, log, model, prompt, train.generate_length, config.seed),
+        Evaluate(state, train.eval_every, check_signals, report, log, evaluator, span, save),
     ]
-    state.synchronise(distributed)
-    if not state.finished:
-        with StopOnSignal(state), explain_lost_worker():
-            dataset = batch_dataset(sampler, train, state.step, distributed)
+    save_last, stop = SaveLast(state, train.checkpoint_every, save), Stop(state, check_signals)
+    callbacks = [controller, report, *events, save_last, *more_callbacks, stop]
+    with StopOnSignal(state), explain_lost_worker():
+        if not state.finished:
             compile_step(step, train)
+        state.synchronise(distributed)
+        make_up(events, save)
+        if state.signal:
+            save()
+        elif not state.finished:
+            dataset = batch_dataset(sampler, train, state.step, distributed)
             ms.Model(step).train(1, dataset, callbacks=callbacks, dataset_sink_mode=False)
-            state.synchronise(distributed)  # a signal may have come since the last step
-    distributed.require_same_weights(model.get_parameters())  # also waits for the last checkpoint
-    if state.failure:
-        raise RunError(state.failure)
+        distributed.require_same_weights(model.get_parameters())  # also waits for the last checkpoint
+        if state.failure:
+            raise RunError(summary.explain_failure(paths.run_dir, state, distributed))
+
+        # Score the best weights on the validation and test splits.
+        if not state.signal:
+            run_dir.restore_best(paths, model, distributed)
+            scores = summary.score_splits(evaluator, corpus, state, log, train.final_eval_bytes)
     if state.signal:
         summary.print_interruption(paths.run_dir, state, hydra.overrides.task, distributed)
-        return 128 + state.signal
-
-    # Score the best weights on the whole validation and test splits.
-    run_dir.restore_best(paths, model, distributed)
-    scores = summary.score_splits(evaluator, corpus, state, log)
-    if distributed.is_main:
+    elif distributed.is_main:
         summary.write_summary(paths.run_dir, state, scores)
-        log.log_hparams({f"{split}_bpb": score.bpb for split, score in scores.items()}, state.step)
+        log.log_hparams(state.step)
         summary.print_next_steps(paths.run_dir, state, hydra.overrides.task, distributed)
     log.close()
     distributed.barrier()
-    return None
+    return 128 + state.signal if state.signal else None
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def find_or_download(
 ) -> np.ndarray:
     """Return the bytes of enwik8, downloading it if necessary.
 
-    `folder` is searched for `enwik8`, `enwik8.zip`, `.gz`, `.xz` and `.bz2`; the compression is detected from the
-    content. An archive is decompressed once, to `enwik8` in the same folder, or into memory if the folder is not
+    `folder` is searched for `enwik8`, `enwik8.zip`, `.gz`, `.xz`, `.bz2` and `.zst`; the compression is detected from
+    the content. An archive is decompressed once, to `enwik8` in the same folder, or into memory if the folder is not
     writable. Existing files are never changed: if one has the wrong content, that is reported. A download only starts
     if there is no file at all.
 
@@ -100,7 +100,7 @@ def find_or_download(
 
 
 def _candidates(raw: Path) -> list[Path]:
-    return [raw, *(raw.with_name(raw.name + suffix) for suffix in (".zip", ".gz", ".xz", ".bz2"))]
+    return [raw, *(raw.with_name(raw.name + suffix) for suffix in (".zip", ".gz", ".xz", ".bz2", ".zst"))]
 
 
 @contextmanager

@@ -23,13 +23,14 @@ def load(config: Any) -> Corpus:
     Args:
         config: any object with these attributes, of which only `source` is required:
             source: "enwik8", "stdlib" or "file".
-            path: the file, for source "file": raw, .gz, .xz, .bz2 or .zip, detected from the content.
+            path: the file, for source "file": raw or packed, detected from the content; see `data.compression`.
+            val_path, test_path: own files for validation and testing, raw or packed, with any source.
             dir: the folder that contains enwik8, or to download it to; by default the folder of this package.
             fallback: "stdlib" to use that if enwik8 is absent and cannot be downloaded; None to raise an error.
-            max_bytes: use only the first `max_bytes` bytes; None for all.
+            max_bytes: use only the first `max_bytes` bytes of the source; None for all.
 
     Returns:
-        The :class:`Corpus`, split 90/5/5.
+        The :class:`Corpus`, split 90/5/5 unless there are own files.
 
     Raises:
         DataError: a setting is invalid, or the data is not available. The message says what to do.
@@ -45,8 +46,12 @@ def load(config: Any) -> Corpus:
         name, content = _file(config, limit)
     else:
         raise DataError(f"data.source: expected enwik8, stdlib or file, got {source!r}")
-    corpus = Corpus(name, content[:limit])
+    paths = {split: getattr(config, f"{split}_path", None) for split in ("val", "test")}
+    own = {split: compression.read(_absolute(path)) for split, path in paths.items() if path}
+    corpus = Corpus(name, content[:limit], own)
     log.info("%s: %s bytes, fingerprint %s", corpus.name, f"{corpus.bytes.size:,}", corpus.fingerprint)
+    for split, array in own.items():
+        log.info("%s: %s, %s bytes", split, paths[split], f"{array.size:,}")
     return corpus
 
 
@@ -54,7 +59,7 @@ def _enwik8(config: Any) -> tuple[str, np.ndarray]:
     fallback = getattr(config, "fallback", None)
     if fallback not in (None, "stdlib"):
         raise DataError(f"data.fallback: expected null or stdlib, got {fallback!r}")
-    folder = Path(getattr(config, "dir", None) or Path(__file__).parent).expanduser().absolute()
+    folder = _absolute(getattr(config, "dir", None) or Path(__file__).parent)
     try:
         return "enwik8", find_or_download(folder)
     except DownloadError as error:
@@ -71,6 +76,10 @@ def _enwik8(config: Any) -> tuple[str, np.ndarray]:
 def _file(config: Any, limit: int | None) -> tuple[str, np.ndarray]:
     path = getattr(config, "path", None)
     if not path:
-        raise DataError("data=file needs a path: give data.path=FILE (raw, .gz, .xz, .bz2 or .zip)")
-    path = Path(path).expanduser().absolute()
+        raise DataError("data=file needs a path: give data.path=FILE (raw, .gz, .xz, .bz2, .zst, .zip or .tar)")
+    path = _absolute(path)
     return path.name, compression.read(path, limit)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()

@@ -12,8 +12,11 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import HeUniform, initializer
 
+from local_attention.backends import can_compute
+from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedNormLinear
 from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
+from local_attention.kernels import training_kernels_run
 from local_attention.options import FeedForwardOptions, accepts
 
 # Applies a function to each of many tensors. A loop over them nests the graph one level deeper per tensor, and a list
@@ -77,21 +80,29 @@ class LayerNorm(nn.Cell):
     """LayerNorm whose affine map is folded into the weights of the linear layers after it.
 
     ``(x_hat * gamma + beta) Wᵀ = x_hat (W * gamma)ᵀ + beta Wᵀ``, with ``x_hat`` the standardised rows.
+
+    Args:
+        dim: channels.
+        outputs: number of linear layers.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim, outputs):
         super().__init__()
         self.gamma = Parameter(initializer("ones", (1, dim), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (1, dim), ms.float32), name="beta")
         self.standardise, self.layer_norm = shared_cell(Standardise, dim), ops.LayerNorm(2, 1, 1e-5)
         self.matmul, self.matmul_nt = ops.MatMul(), ops.MatMul(transpose_b=True)
         self.add_bias = shared_cell(AddBias)
+        self.fused = shared_cell(FusedNormLinear, outputs) if training_kernels_run(self) else None
 
     def construct(self, x, weights):
         """Normalise ``x: (rows, dim)`` and multiply by each of ``weights``, all ``(d, dim)``, to ``(rows, d)``."""
         if x.shape[0] <= FEW_ROWS:
             x = self.layer_norm(x.reshape((-1, 1, x.shape[1])), self.gamma, self.beta)[0].reshape(x.shape)
             return tree_map(ops.partial(self.matmul_nt, x), weights)
+        if self.fused is not None and x.dtype == ms.float32:
+            products = self.fused(x, self.gamma, self.beta, weights)
+            return (products,) if len(weights) == 1 else products
         return tree_map(ops.partial(self.multiply, self.standardise(x)), weights)
 
     def multiply(self, x, weight):
@@ -156,14 +167,18 @@ class FeedForward(nn.Cell):
         super().__init__()
         self.options = options
         dim, inner = options.dim, int(options.dim * options.mult * 2 / 3)
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, 2)
         self.to_value, self.to_gate, self.to_out = dense(dim, inner), dense(dim, inner), dense(inner, dim)
         self.geglu, self.matmul_nt = shared_cell(GEGLU), ops.MatMul(transpose_b=True)
         self.dropout = dropout_cell(options.dropout)
+        self.fused = shared_cell(FusedFeedForward) if can_compute(FusedFeedForward, self) else None
 
     def construct(self, x):
         """``x: (..., dim)``, returns the same shape."""
         rows = x.reshape((-1, x.shape[-1]))
+        if self.fused is not None and x.dtype == ms.float32:
+            weights = (self.to_value.weight, self.to_gate.weight, self.to_out.weight)
+            return self.fused(rows, self.norm.gamma, self.norm.beta, *weights)[0].reshape(x.shape)
         value, gate = self.norm(rows, (self.to_value.weight, self.to_gate.weight))
         inner = self.geglu(value, gate)
         if self.dropout is not None:
@@ -171,8 +186,8 @@ class FeedForward(nn.Cell):
         return self.matmul_nt(inner, self.to_out.weight).reshape(x.shape)
 
 
-class CrossEntropy(nn.Cell):
-    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+class SoftmaxCrossEntropy(nn.Cell):
+    """:class:`CrossEntropy` by MindSpore's own operators."""
 
     def __init__(self):
         super().__init__()
@@ -188,3 +203,17 @@ class CrossEntropy(nn.Cell):
             labels, classes, ops.ones((), logits.dtype), ops.zeros((), logits.dtype)
         )
         return error * self.matmul(grad.reshape((-1, 1)), ops.ones((1, classes), grad.dtype)), ops.zeros_like(labels)
+
+
+class CrossEntropy(nn.Cell):
+    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.softmax_cross_entropy = SoftmaxCrossEntropy()
+        self.fused = shared_cell(FusedCrossEntropy) if training_kernels_run(self) else None
+
+    def construct(self, logits, labels):
+        if self.fused is not None and logits.dtype == ms.float32:
+            return self.fused(logits, labels.astype(ms.int32))
+        return self.softmax_cross_entropy(logits, labels)

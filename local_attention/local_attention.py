@@ -6,6 +6,7 @@ from mindspore.ops import constexpr
 
 from local_attention.backends import choose_backend
 from local_attention.backends.blocked import BlockedAttention
+from local_attention.backends.fused import FusedAttention
 from local_attention.constants import shared_cell
 from local_attention.layers import L2Norm
 from local_attention.options import LocalAttentionOptions, accepts
@@ -16,7 +17,7 @@ from local_attention.rotary import SinusoidalEmbeddings, apply_rotary
 TOKEN_SELF_ATTN_VALUE = -5e4
 
 # Backends that compute attention of a sequence to itself, the fastest first.
-SEQUENCE_BACKENDS = (BlockedAttention,)
+SEQUENCE_BACKENDS = (FusedAttention, BlockedAttention)
 
 
 class LocalAttention(nn.Cell):
@@ -59,6 +60,7 @@ class LocalAttention(nn.Cell):
         self.l2_norm = shared_cell(L2Norm) if options.shared_qk else None
         self.self_value = TOKEN_SELF_ATTN_VALUE if options.shared_qk else 0
         self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
+        self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
 
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         """Attend.
@@ -86,21 +88,37 @@ class LocalAttention(nn.Cell):
         shape = q.shape
         length, d, e = shape[-2], shape[-1], v.shape[-1]
         q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, e))
-        groups = q.shape[0]
         mask = input_mask if mask is None else mask
+        return self.attend_heads(q, k, v, 1, mask, attn_bias, window).reshape((*shape[:-1], e))
+
+    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None):
+        """Attend with heads side by side, ``q, k: (b, n, h d)``, ``v: (b, n, h e)``; returns ``(b, n, h e)``.
+
+        Several heads only where the backend takes them, see :meth:`takes_projections`.
+        """
+        groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
+        window = self.window_size if window_size is None else window_size
         if mask is not None:
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
+        if self.takes_projections(q, window):
+            if self.l2_norm is not None:
+                k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
+            return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
         if self.rotary is None:
             q, k = self.scale_and_rotate(q, k)
         else:
             q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d))
             k_cos, k_sin = self.rotary.tables(groups, length, 1.0)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
-        out = self.attend(q, k, v, self.mask_spec(window), mask, attn_bias)
-        return out.reshape((*shape[:-1], e))
+        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
+
+    def takes_projections(self, q, window_size):
+        """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
+        rotated. Backends in C++ do so, for float32 and up to a window."""
+        return self.attend.takes_projections and q.dtype == ms.float32 and window_size <= self.attend.max_window
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.

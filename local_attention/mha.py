@@ -30,7 +30,7 @@ class LocalMHA(nn.Cell):
         dim, heads, dim_head = options.dim, options.heads, options.dim_head
         self.heads, self.dim_head = heads, dim_head
         inner = heads * dim_head
-        self.norm = LayerNorm(dim) if options.prenorm else None
+        self.norm = LayerNorm(dim, 4 if options.gate_values_per_head else 3) if options.prenorm else None
         self.to_q, self.to_k, self.to_v = dense(dim, inner), dense(dim, inner), dense(dim, inner)
         self.to_out = dense(inner, dim)
         self.qk_rmsnorm = options.qk_rmsnorm
@@ -56,22 +56,26 @@ class LocalMHA(nn.Cell):
         Returns:
             ``(b, n, dim)``.
         """
-        return self.attend_with(self.attention, x, (mask, None, attn_bias))
+        return self.attend_with(self.attend, x, (mask, attn_bias))
 
-    def attend_with(self, attention, x, inputs):
-        """Project ``x: (b, n, dim)``, attend by ``attention(q, k, v, *inputs)``, and project the result.
+    def attend_with(self, attend, x, inputs):
+        """Project ``x: (b, n, dim)``, attend by ``attend(q, k, v, *inputs)``, and project the result.
 
-        ``q, k, v: (b h, n, d)``. In training ``attention`` is the :class:`LocalAttention`; in decoding it is
-        :meth:`CachedMHA.attend`, which reads and writes the KV cache.
+        ``q, k, v: (b, n, h d)``. In training ``attend`` is :meth:`attend`; in decoding it is :meth:`CachedMHA.attend`,
+        which reads and writes the KV cache.
         """
         b = x.shape[0]
         q, k, v, gates = self.project(x.reshape((-1, x.shape[2])))
-        out = attention(self.heads_of(q, b), self.heads_of(k, b), self.heads_of(v, b), *inputs)
-        return self.merge(self.merge_heads(out), gates).reshape(x.shape)
+        shape = (b, -1, q.shape[1])
+        out = attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), *inputs)
+        return self.merge(out.reshape(q.shape), gates).reshape(x.shape)
 
-    def heads_of(self, x, b):
-        """``(b n, h d) -> (b h, n, d)``."""
-        return self.split_heads(x.reshape((b, -1, x.shape[-1])))
+    def attend(self, q, k, v, mask, attn_bias):
+        """Attention of a sequence to itself: ``q, k, v: (b, n, h d)``, returns the same shape."""
+        if self.attention.takes_projections(q, self.attention.window_size):
+            return self.attention.attend_heads(q, k, v, self.heads, mask, attn_bias)
+        out = self.attention(self.split_heads(q), self.split_heads(k), self.split_heads(v), mask, None, attn_bias)
+        return self.merge_heads(out).reshape(q.shape)
 
     def project(self, x):
         """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.

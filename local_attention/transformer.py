@@ -108,7 +108,7 @@ class LocalTransformer(nn.Cell):
             self.token_emb = nn.Embedding(num_tokens, dim, embedding_table=Normal(0.02))
             if options.use_abs_pos_emb:
                 self.pos_emb = nn.Embedding(options.max_seq_len, dim, embedding_table=Normal(0.02))
-            self.norm = LayerNorm(dim)
+            self.norm = LayerNorm(dim, 1)
             self.to_logits = dense(dim, num_tokens)
             self.cross_entropy = CrossEntropy()
 

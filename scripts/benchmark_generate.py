@@ -6,7 +6,7 @@
 
 Each implementation runs in its own process, and their rounds alternate. The results are medians over groups of 16
 tokens, including sampling. The floor is the time to read all weights once, as each token needs, at the bandwidth of a
-large matrix-vector product. PyTorch is measured if the parity extra is installed: ``pip install -e '.[parity]'``.
+large matrix-vector product. PyTorch is measured if ``make parity`` has set up its environment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmarking import Worker, elapsed, work
+from local_attention.training.terminal import accept_any_output
+from scripts.benchmarking import Worker, elapsed, work, workers_of_original
+from scripts.pytorch_original import import_original
 
 PROMPT = 300  # bytes; longer than a window
 GROUP = 16  # tokens that are timed together, as this project generates 16 per call of its graph
@@ -96,8 +98,6 @@ def original(arguments: argparse.Namespace) -> Iterator[list[float]]:
     """Time rounds of the PyTorch package, with the same steps as in its ``generate``."""
     import torch
 
-    from scripts.pytorch_original import import_original
-
     model = import_original().LocalTransformer(**model_options(arguments), num_residual_streams=1).eval()
     begin = torch.tensor(np.tile(prompt(), (arguments.batch, 1)), dtype=torch.long)
     with torch.inference_mode():
@@ -123,6 +123,7 @@ def floor(arguments: argparse.Namespace) -> Iterator[list[float]]:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("batch", 1, "sequences per batch"),
@@ -143,11 +144,10 @@ def main() -> int:
         work(implementations[arguments.worker](arguments))
         return 0
 
-    available = {"operators": find_spec("local_attention._kernels"), "original": find_spec("torch")}
-    names = [name for name in NAMES if available.get(name, True)]
-    workers = {name: Worker(name) for name in names}
+    names = ["floor", "ours", "operators"] if find_spec("local_attention._kernels") else ["floor", "ours"]
+    workers = {name: Worker(name) for name in names} | workers_of_original("original")
     warm_up = {name: worker.round() for name, worker in workers.items()}
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(arguments.rounds):
         for name, worker in workers.items():
             rounds[name].append(worker.round())

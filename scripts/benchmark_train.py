@@ -1,4 +1,4 @@
-"""Time of a train step: this project, PyTorch's ``local-attention``, and a lower bound from the matrix products.
+"""Time of a train step: this project, PyTorch, and a lower bound from the matrix products.
 
     python scripts/benchmark_train.py                                                        # small model
     python scripts/benchmark_train.py --dim 512 --depth 6 --heads 8 --length 2048 --batch 2  # base model
@@ -9,8 +9,10 @@
 A step is forward, backward, clipping and Adam; with ``--attention`` only forward and backward. Each implementation runs
 in its own process, and their steps alternate. The results are medians over steps, and the peak memory of each process.
 The floor is the time that the matrix products would take at the rate of a large product in MindSpore, without scores
-that are masked. PyTorch is measured in eager mode if the parity extra is installed: ``pip install -e '.[parity]'``;
-with ``--bfloat16`` also under autocast.
+that are masked. If ``make parity`` has set up its environment, PyTorch is measured there in eager mode, twice: as the
+package ``local-attention``, and as the same model with windows in the batch and PyTorch's fused
+``scaled_dot_product_attention``, see ``scripts/pytorch_sdpa.py``; with ``--bfloat16`` the latter also under autocast.
+All begin with the same weights, and their first losses must agree to 1e-4 nats (under autocast to 1e-2).
 """
 
 from __future__ import annotations
@@ -20,23 +22,28 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from importlib.util import find_spec
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmarking import Worker, elapsed, work
+from local_attention.training.terminal import accept_any_output
+from scripts.benchmarking import Worker, elapsed, work, workers_of_original
+from scripts.pytorch_original import import_original
 
 NAMES = {
     "floor": "floor: matrix products",
     "ours": "this project",
     "original": "PyTorch local-attention",
+    "sdpa": "PyTorch, windows + SDPA",
     "bfloat16": "the same, autocast to bfloat16",
 }
+LR = 2e-4
 SIDE = 2048  # size of the matrices whose product is measured for the floor
 
 
@@ -88,8 +95,15 @@ def heads(arguments: argparse.Namespace) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-def ours(arguments: argparse.Namespace) -> Iterator[float]:
-    """Time steps of this project; the first includes compilation."""
+class Step(NamedTuple):
+    """A measured step: its duration, and the loss in nats or, of attention alone, the mean square of the output."""
+
+    seconds: float
+    loss: float
+
+
+def ours(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Measure steps of this project; the first includes compilation."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
@@ -98,66 +112,81 @@ def ours(arguments: argparse.Namespace) -> Iterator[float]:
         from local_attention import LocalAttention
 
         *inputs, gradient = map(Tensor, heads(arguments))
-        attend = ops.GradOperation(get_all=True, sens_param=True)(LocalAttention(**attention_options(arguments)))
+        attend = LocalAttention(**attention_options(arguments))
+        gradients = ops.GradOperation(get_all=True, sens_param=True)(attend)
+        loss = float((attend(*inputs).asnumpy() ** 2).mean())
 
-        def step() -> None:
-            for output in attend(*inputs, gradient):
+        def step() -> float:
+            for output in gradients(*inputs, gradient):
                 output.asnumpy()
+            return loss
     else:
         from local_attention import LocalTransformer
+        from local_attention.torch_state import torch_state
         from local_attention.training.config import OptimizerConfig
         from local_attention.training.optimizer import build_optimizer
         from local_attention.training.step import TrainStep
 
         model = LocalTransformer(**model_options(arguments))
-        train = TrainStep(model, build_optimizer(OptimizerConfig("adam"), model.trainable_params()), 1, clip_norm=0.5)
+        if arguments.weights:
+            np.savez(arguments.weights, **torch_state(model))
+        train = TrainStep(model, build_optimizer(OptimizerConfig("adam", lr=LR), model.trainable_params()), 1, 0.5)
         train.set_train()
         batch = Tensor(sequences(arguments)[None])
 
-        def step() -> None:
-            train(batch)[0].asnumpy()
+        def step() -> float:
+            return float(train(batch)[0].asnumpy())
 
-    while True:
-        yield elapsed(step)
+    return measure(step)
 
 
-def original(arguments: argparse.Namespace, bfloat16: bool = False) -> Iterator[float]:
-    """Time steps of the PyTorch package."""
+def pytorch(arguments: argparse.Namespace, sdpa: bool = False, bfloat16: bool = False) -> Iterator[Step]:
+    """Measure steps of the PyTorch package, or of the same model with windows in the batch and SDPA."""
+    module = import_original()
+
     import torch
 
-    from scripts.pytorch_original import import_original
+    from scripts.pytorch_sdpa import WindowedSdpa, use_sdpa
 
-    module = import_original()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
     if arguments.attention:
         *inputs, gradient = (torch.from_numpy(array).requires_grad_() for array in heads(arguments))
         attend = module.LocalAttention(**attention_options(arguments))
+        if sdpa:
+            attend = WindowedSdpa(attend.window_size, attend.exact_windowsize, arguments.dim_head)
+        with torch.no_grad():
+            loss = attend(*inputs).square().mean().item()
 
-        def step() -> None:
+        def step() -> float:
             for tensor in inputs:
                 tensor.grad = None
             with autocast:
                 out = attend(*inputs)
             out.backward(gradient.detach().to(out.dtype))
+            return loss
     else:
         model = module.LocalTransformer(**model_options(arguments)).train()
-        optimizer = torch.optim.Adam(model.parameters(), 2e-4)
+        if arguments.weights:
+            model.load_state_dict({name: torch.from_numpy(array) for name, array in np.load(arguments.weights).items()})
+        if sdpa:
+            use_sdpa(model, module)
+        optimizer = torch.optim.Adam(model.parameters(), LR)
         batch = torch.from_numpy(sequences(arguments)).long()
 
-        def step() -> None:
+        def step() -> float:
             with autocast:
                 loss = model(batch, return_loss=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
+            return loss.item()
 
-    while True:
-        yield elapsed(step)
+    return measure(step)
 
 
-def floor(arguments: argparse.Namespace) -> Iterator[float]:
-    """Time a large product, scaled to the number of operations of a step."""
+def floor(arguments: argparse.Namespace) -> Iterator[Step]:
+    """Measure a large product, scaled to the number of operations of a step."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
@@ -165,7 +194,23 @@ def floor(arguments: argparse.Namespace) -> Iterator[float]:
     one, other = (Tensor(array) for array in np.random.default_rng(0).standard_normal((2, SIDE, SIDE), np.float32))
     product = ops.MatMul()
     while True:
-        yield elapsed(lambda: product(one, other).asnumpy()) * product_flops(arguments) / (2 * SIDE**3)
+        seconds = elapsed(lambda: product(one, other).asnumpy())
+        yield Step(seconds * product_flops(arguments) / (2 * SIDE**3), 0)
+
+
+def measure(step: Callable[[], float]) -> Iterator[Step]:
+    while True:
+        begin = time.perf_counter()
+        loss = step()
+        yield Step(time.perf_counter() - begin, loss)
+
+
+def require_same_losses(first: dict[str, Step]) -> None:
+    """Exit unless the implementations compute the same: all begin with the same weights."""
+    for name, step in first.items():
+        difference, tolerance = abs(step.loss - first["ours"].loss), 1e-2 if name == "bfloat16" else 1e-4
+        if name != "floor" and difference > tolerance:
+            sys.exit(f"error: {NAMES[name]} differs from this project by {difference:.2g} in its first loss")
 
 
 def print_profile(arguments: argparse.Namespace, steps: int = 3) -> None:
@@ -192,6 +237,7 @@ def print_profile(arguments: argparse.Namespace, steps: int = 3) -> None:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("dim", 256, "channels"),
@@ -208,16 +254,18 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option of both implementations"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="also measure PyTorch under autocast")
+    parser.add_argument("--bfloat16", action="store_true", help="also measure PyTorch with SDPA under autocast")
     parser.add_argument("--profile", action="store_true", help="print a table of this project's operators instead")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    implementations = {
+    implementations: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
         "floor": floor,
         "ours": ours,
-        "original": original,
-        "bfloat16": lambda arguments: original(arguments, bfloat16=True),
+        "original": pytorch,
+        "sdpa": partial(pytorch, sdpa=True),
+        "bfloat16": partial(pytorch, sdpa=True, bfloat16=True),
     }
     if arguments.worker:
         work(implementations[arguments.worker](arguments))
@@ -226,12 +274,16 @@ def main() -> int:
         print_profile(arguments)
         return 0
 
-    names = ["floor", "ours"]
-    if find_spec("torch"):
-        names += ["original", "bfloat16"] if arguments.bfloat16 else ["original"]
-    workers = {name: Worker(name) for name in names}
-    first = {name: worker.round() for name, worker in workers.items()}
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    peers = ["original"]
+    if not set_options(arguments).keys() - {"exact_windowsize"}:  # what the other attention computes
+        peers += ["sdpa", "bfloat16"] if arguments.bfloat16 else ["sdpa"]
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--weights", f"{folder}/weights.npz"]
+        workers = {name: Worker(name, options) for name in ("floor", "ours")}
+        workers |= workers_of_original(*peers, options=options)
+        first = {name: worker.round() for name, worker in workers.items()}
+    require_same_losses({name: Step(*measured["result"]) for name, measured in first.items()})
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for i in range(2 + arguments.rounds):
         for name, worker in workers.items():
             measured = worker.round()
@@ -240,10 +292,12 @@ def main() -> int:
     for worker in workers.values():
         worker.close()
 
-    seconds = {name: np.array([measured["result"] for measured in results]) for name, results in rounds.items()}
+    seconds = {
+        name: np.array([Step(*measured["result"]).seconds for measured in results]) for name, results in rounds.items()
+    }
     tokens, lower_bound = arguments.batch * arguments.length, np.median(seconds["floor"])
     figures: dict[str, Any] = {
-        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("worker", "json")}
+        "arguments": {key: value for key, value in vars(arguments).items() if key not in ("worker", "weights", "json")}
     }
     figures["gflop"] = product_flops(arguments) / 1e9
     print(f"{'':32}s per step (min … max)   bytes/s   of the floor   peak memory")
@@ -254,14 +308,16 @@ def main() -> int:
         )
         print(f"{NAMES[name]:32}{median:6.3f} ({times.min():.3f} … {times.max():.3f})", end="")
         print(f"{tokens / median:10,.0f}{lower_bound / median:14.0%}{memory / 1e9:12.2f} GB")
-    figures["compile_s"] = first["ours"]["result"] - figures["ours"]["s"]
+    figures["compile_s"] = Step(*first["ours"]["result"]).seconds - figures["ours"]["s"]
     print(f"the floor: {figures['gflop']:.1f} GFLOP at {figures['gflop'] / lower_bound:.0f} GFLOP/s; ", end="")
     print(f"this project compiled its step in {figures['compile_s']:.1f} s")
-    if "original" in seconds:
-        figures["ratio"] = figures["original"]["s"] / figures["ours"]["s"]
-        memory_ratio = figures["ours"]["memory_bytes"] / figures["original"]["memory_bytes"]
+    if in_float32 := [name for name in ("original", "sdpa") if name in seconds]:
+        strongest = min(in_float32, key=lambda name: figures[name]["s"])
+        figures["strongest"], figures["ratio"] = strongest, figures[strongest]["s"] / figures["ours"]["s"]
+        memory_ratio = figures["ours"]["memory_bytes"] / figures[strongest]["memory_bytes"]
         print(
-            f"this project is {figures['ratio']:.2f} times as fast as PyTorch with {memory_ratio:.2f} times the memory"
+            f"this project is {figures['ratio']:.2f} times as fast as {NAMES[strongest]}, "
+            f"with {memory_ratio:.2f} times the memory"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from local_attention.training.device import peak_memory_bytes
+from scripts.pytorch_original import python_with_original
 
 
 def elapsed(function: Callable[[], object]) -> float:
@@ -23,8 +24,8 @@ class Worker:
     Within one process, the threads of two frameworks would compete for the cores.
     """
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, sys.argv[0], "--worker", name, *sys.argv[1:]]
+    def __init__(self, name: str, options: Sequence[str] = (), python: str = sys.executable) -> None:
+        command = [python, sys.argv[0], "--worker", name, *sys.argv[1:], *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def round(self) -> dict[str, Any]:
@@ -39,6 +40,14 @@ class Worker:
 
     def close(self) -> None:
         self.process.communicate()
+
+
+def workers_of_original(*names: str, options: Sequence[str] = ()) -> dict[str, Worker]:
+    """Workers that have PyTorch; none, and a line that says why, where nothing has set it up."""
+    python = python_with_original()
+    if not python:
+        print("PyTorch is not measured: make parity sets up its environment", file=sys.stderr)
+    return {name: Worker(name, options, python) for name in names if python}
 
 
 def work(rounds: Iterator[Any]) -> None:

@@ -29,6 +29,7 @@ from local_attention.training.checkpoint import Checkpoints, tensor_sizes
 from local_attention.training.errors import CheckpointError
 from local_attention.training.metrics import read_records
 from local_attention.training.schema import flatten, format_value
+from local_attention.training.terminal import accept_any_output
 
 HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
 NUMBERS = (
@@ -78,7 +79,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         figures |= dict(steps=record["step"], bytes_seen=record["bytes_seen"])
         if record["kind"] == "train":
             figures["bytes_per_s"] = record["bytes_per_s"]
-        elif record["kind"] == "eval" and not record.get("whole_split"):
+        elif record["kind"] == "eval" and "whole_split" not in record:  # that is of an earlier end of the run
             figures[f"{record['split']}_bpb"] = record["bpb"]
     return figures
 
@@ -139,6 +140,7 @@ def wrapped(text: str, width: int) -> list[str]:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run directories, or folders that contain some")
     folders = parser.parse_args().runs

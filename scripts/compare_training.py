@@ -1,8 +1,8 @@
 """Train this project's model and that of PyTorch's ``local-attention`` on the same data from the same weights.
 
-Needs the parity extra: ``pip install -e '.[parity]'``. Example:
+Needs the environment of ``make parity``. Example:
 
-    python scripts/compare_training.py data=file data.path=FILE model=small train.max_steps=20
+    .venv-parity/bin/python scripts/compare_training.py data=file data.path=FILE model=small train.max_steps=20
 
 Takes the overrides of ``train.py``, with Adam and a constant learning rate. Prints the bits per byte of each step, and
 exits with status 1 if they differ by more than 1e-3.
@@ -15,12 +15,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.pytorch_original import import_original, original_arguments
+
+ORIGINAL = import_original()  # or says what is missing
+
 import mindspore as ms
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 from local_attention import LocalTransformer
@@ -33,14 +37,13 @@ from local_attention.training.device import use_device
 from local_attention.training.errors import UsageError
 from local_attention.training.optimizer import build_optimizer
 from local_attention.training.step import TrainStep
-from scripts.pytorch_original import import_original, original_arguments
 
 TOLERANCE = 1e-3
 
 
 def original_model(model: LocalTransformer, config: ModelConfig) -> torch.nn.Module:
     """Build the original's ``LocalTransformer`` with the weights of ``model``."""
-    theirs = import_original().LocalTransformer(**original_arguments(config))
+    theirs = ORIGINAL.LocalTransformer(**original_arguments(config))
     theirs.load_state_dict({name: torch.from_numpy(array) for name, array in torch_state(model).items()})
     theirs.pos_emb.requires_grad_(config.use_abs_pos_emb)  # without them, zeros that are not trained
     return theirs

@@ -8,15 +8,14 @@ from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydantic import StrictStr
 from pydantic.dataclasses import dataclass
 
 from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
-from local_attention.training.config import Checkpoint, ModelConfig, Run, require_run_or_file
+from local_attention.training.config import Checkpoint, ModelConfig, Run, UserPath, require_run_or_file
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import parse, register_schema
-from scripts.torch_files import require_ending, write_state
+from scripts.torch_files import ENDINGS, require_ending, write_state
 
 
 @register_schema("export_torch")
@@ -26,9 +25,9 @@ class ExportConfig:
 
     run: Run = None
     checkpoint: Checkpoint = "best"
-    output: Annotated[
-        StrictStr | None, Help("file to write: .pt, .pth or .safetensors; the latter does not need PyTorch")
-    ] = None
+    output: Annotated[UserPath | None, Help(f"file to write: {', '.join(ENDINGS)}; the last does not need PyTorch")] = (
+        None
+    )
 
 
 def export_config(config: DictConfig | dict[str, Any]) -> ExportConfig:

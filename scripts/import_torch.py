@@ -8,7 +8,6 @@ from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import numpy as np
 from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,10 +17,12 @@ from pydantic.dataclasses import dataclass
 
 from local_attention.options import CHECKED, Help
 from local_attention.training.command import command
-from local_attention.training.config import ModelConfig, RunConfig, check_model
+from local_attention.training.config import ModelConfig, RunConfig, UserPath, check_model
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, keys_of, parse, register_schema
-from scripts.torch_files import read_state, require_ending
+from scripts.torch_files import ENDINGS, State, read_state, require_ending
+
+TOKENS = "token_emb.weight"  # which every model has
 
 # What the weights determine of their model: all but the size of its windows.
 INFERRED = (
@@ -52,10 +53,14 @@ class ImportConfig:
     """The weights to import, the run directory to write, and what is known about the model."""
 
     weights: Annotated[
-        StrictStr | None, Help("state dict of PyTorch's LocalTransformer: .pt, .pth or .safetensors")
+        UserPath | None,
+        Help(f"state dict of PyTorch's LocalTransformer, alone or in a checkpoint: {', '.join(ENDINGS)}"),
     ] = None
-    run_dir: Annotated[StrictStr | None, Help("where to write")] = None
+    run_dir: Annotated[UserPath | None, Help("where to write")] = None
     model: ImportedModelConfig = field(default_factory=ImportedModelConfig)
+    prefix: Annotated[
+        StrictStr | None, Help("which of several models in the file: what its names begin with, such as ema_model.")
+    ] = None
 
 
 def import_config(config: DictConfig | dict[str, Any]) -> ImportConfig:
@@ -73,7 +78,25 @@ def import_config(config: DictConfig | dict[str, Any]) -> ImportConfig:
     return imported
 
 
-def complete(config: ImportConfig, state: dict[str, np.ndarray]) -> ModelConfig:
+def find_model(config: ImportConfig, state: State) -> tuple[str, State]:
+    """Return the prefix that the names of a model have in a state dict, and its weights without it.
+
+    Raises:
+        UsageError: there are several models and ``config.prefix`` names none of them.
+    """
+    found = sorted(name.removesuffix(TOKENS) for name in state if f".{name}".endswith(f".{TOKENS}"))
+    prefix = config.prefix
+    if prefix is None:
+        prefix = "" if not found or "" in found else found[0]
+        if prefix and len(found) > 1:
+            choices = " or ".join(f"prefix={name}" for name in found)
+            raise UsageError(f"{config.weights} contains {len(found)} models: choose one with {choices}")
+    elif prefix not in found:
+        raise UsageError(f"prefix={prefix}: expected one of {', '.join(found)}, as in {config.weights}")
+    return prefix, {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+
+
+def complete(config: ImportConfig, state: State) -> ModelConfig:
     """Return the config of the model: given values, completed by those that the state dict determines.
 
     Raises:
@@ -89,7 +112,7 @@ def complete(config: ImportConfig, state: dict[str, np.ndarray]) -> ModelConfig:
     return model
 
 
-def infer_config(state: dict[str, np.ndarray], config: ImportConfig) -> dict[str, Any]:
+def infer_config(state: State, config: ImportConfig) -> dict[str, Any]:
     """Return the keys of a ``ModelConfig`` that a state dict determines."""
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -171,7 +194,8 @@ def main(config: ImportConfig) -> None:
     assert config.weights and config.run_dir  # checked above
     run_dir = Path(config.run_dir)
     refuse_to_overwrite(run_dir)
-    state = read_state(config.weights)
+    everything = read_state(config.weights)
+    prefix, state = find_model(config, everything)
     model_config = complete(config, state)
     model = build_model(model_config)
     try:
@@ -193,6 +217,9 @@ def main(config: ImportConfig) -> None:
     changes["max_seq_len"] = model_config.max_seq_len  # by default that of train.seq_len
     overrides = [f"model.{key}={json.dumps(value)}" for key, value in changes.items()]
     run = shlex.quote(str(run_dir))
+    if prefix:
+        others = f"; not imported: {len(everything) - len(state)} others" * (len(everything) > len(state))
+        print(f"imported the {len(state)} weights named {prefix}…, without this prefix{others}")
     print(f"{sum(array.size for array in tensors.values()):,} parameters of {config.weights} in {run_dir}")
     print(f'sample:    python generate.py run={run} prompt="The "')
     print(f"score:     python scripts/evaluate.py run={run} seq_len={seq_len} batch_size=4 data=enwik8")

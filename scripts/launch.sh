@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # scripts/launch.sh N [overrides of train.py]: train with N workers on this machine, each on its part of the cores.
-# Prints the output of worker 0. On Ctrl-C and SIGTERM the workers save and end; exit statuses are those of train.py.
+# Prints the output of worker 0. On Ctrl-C, SIGTERM and SIGHUP the workers save and end, on SIGUSR1 they save and go on;
+# exit statuses are those of train.py.
 # docs/distributed.md describes how to use several machines.
 set -u -m # with job control, Ctrl-C is sent to this script only, which forwards it
 
@@ -30,8 +31,9 @@ msrun=$!
 forward() {
     pkill "-$1" -P "$msrun"
 }
-trap 'forward INT' INT
-trap 'forward TERM' TERM
+for signal in INT TERM HUP USR1; do # under nohup, HUP stays ignored
+    trap "forward $signal" "$signal"
+done
 
 # When a worker fails, msrun ends all workers, but then waits half a minute for its scheduler.
 failure='Worker process ([0-9]+) exit with exception. Error code: (-?[0-9]+)'
@@ -61,7 +63,7 @@ if [[ $(cat "$logs/msrun.log") =~ $failure ]]; then
         exit 1
     fi
     ((rank == 0)) || sed "s/^error:/error: worker $rank:/" "$log" | grep '^error:' >&2
-    ((code == 130 || code == 143 || code == 2)) || echo "logs: $logs" >&2
+    ((code == 129 || code == 130 || code == 143 || code == 2)) || echo "logs: $logs" >&2
     exit "$code"
 fi
 if ((status)); then

@@ -1,8 +1,8 @@
 """Make the golden fixtures of the tests: outputs and gradients of PyTorch's ``local-attention``.
 
-Needs the extras parity, train and dev: ``pip install -e '.[parity,train,dev]'``. Takes a few minutes:
+Needs the environment of ``make parity``. Takes a few minutes:
 
-    python scripts/make_fixtures.py
+    .venv-parity/bin/python scripts/make_fixtures.py
 
 Writes ``tests/local_attention/fixtures/CLASS.npz``, deterministically. The cases cover all valid pairs of values of the
 options below. For each defect of the original, further cases cover every value of every option, with the results of the
@@ -18,12 +18,15 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.pytorch_original import import_original
+
+ORIGINAL = import_original()  # or says what is missing
+
+import numpy as np
+import torch
+
 from tests.local_attention import reference
 from tests.local_attention.cells import parameters
 from tests.local_attention.golden import (
@@ -38,7 +41,6 @@ from tests.local_attention.golden import (
     save,
 )
 
-ORIGINAL = import_original()
 DRAWS = 150_000  # random rows per table; enough for every valid pair to occur several times
 BOTH = (False, True)
 

@@ -1,8 +1,8 @@
 """Write the names and shapes of the original's state dicts, ``tests/local_attention/fixtures/torch_names.json``.
 
-Needs the parity extra: ``pip install -e '.[parity]'``. Example:
+Needs the environment of ``make parity``:
 
-    python scripts/make_torch_names.py
+    .venv-parity/bin/python scripts/make_torch_names.py
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from scripts.pytorch_original import import_original
+
+ORIGINAL = import_original()  # or says what is missing
+
+import torch
 
 OUTPUT = Path(__file__).resolve().parents[1] / "tests/local_attention/fixtures/torch_names.json"
 SIZES: dict[str, Any] = dict(
@@ -42,7 +44,7 @@ def state_shapes(options: dict[str, Any]) -> dict[str, list[int]]:
     if inserted := options.pop("global_layers", None):
         linear = torch.nn.Linear(options["dim"], options["dim"])
         options |= dict(global_attn_layer=linear, layers_insert_global_attn=inserted)
-    state = import_original().LocalTransformer(**options).state_dict()
+    state = ORIGINAL.LocalTransformer(**options).state_dict()
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import matplotlib
 import numpy as np
 
@@ -21,6 +23,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.metrics import read_records
+from local_attention.training.terminal import accept_any_output
 
 
 class Point(NamedTuple):
@@ -40,7 +43,7 @@ def read_run(run_dir: Path) -> Curves:
     for record in read_records(run_dir):
         if record["kind"] == "train":
             curve = "train"
-        elif record["kind"] == "eval" and (record["split"] == "test" or not record.get("whole_split")):
+        elif record["kind"] == "eval" and (record["split"] == "test" or "whole_split" not in record):
             curve = record["split"]
         else:
             continue
@@ -87,6 +90,7 @@ def draw(runs: dict[Path, Curves], output: Path) -> None:
 
 
 def main() -> int:
+    accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument(

@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,27 +18,29 @@ def main(config: ScoreConfig) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from data import compression
     from local_attention.training.build import load_model
     from local_attention.training.device import use_device
     from local_attention.training.errors import UsageError
     from local_attention.training.run_dir import checkpoint_of
     from local_attention.training.score import score_stream
 
-    def chunks(file: IO[bytes]) -> Iterator[np.ndarray]:
+    assert config.file  # checked above
+    file = compression.chunks(config.file, CHUNK)
+    first = next(file, b"")  # a file that cannot be read ends here, before the model is loaded
+    if not first:
+        raise UsageError(f"{config.file}: expected a text of at least one byte, got an empty one")
+
+    def arrays() -> Iterator[np.ndarray]:
         with tqdm(unit="B", unit_scale=True, leave=False, disable=None) as bar:  # None: on terminals only
-            while chunk := file.read(CHUNK):
+            for chunk in chain([first], file):
                 yield np.frombuffer(chunk, np.uint8)
                 bar.update(len(chunk))
 
-    assert config.file  # checked above
-    with open(0 if config.file == "-" else config.file, "rb") as file:
-        path = checkpoint_of(config.run, config.checkpoint)
-        use_device(config.device.target)
-        model, _ = load_model(path)
-        try:
-            score = score_stream(model, chunks(file))
-        except ValueError as error:
-            raise UsageError(f"{config.file}: {error}") from None
+    path = checkpoint_of(config.run, config.checkpoint)
+    use_device(config.device.target)
+    model, _ = load_model(path)
+    score = score_stream(model, arrays())
     print(f"{config.file}: {score.bpb:.4f} bpb over {score.bytes_scored:,} bytes (checkpoint {path})", flush=True)
 
 

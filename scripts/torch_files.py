@@ -1,9 +1,9 @@
-"""Read and write PyTorch weights: ``.safetensors``, and ``.pt`` or ``.pth``, which need PyTorch."""
+"""Read and write PyTorch weights: ``.safetensors``; and ``.pt``, ``.pth``, ``.ckpt`` and ``.bin``, with PyTorch."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +11,8 @@ import numpy as np
 
 from local_attention.training.errors import RunError, UsageError
 
-ENDINGS = (".pt", ".pth", ".safetensors")
-WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which checkpoints store the state dict
+ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 State = dict[str, np.ndarray]
-PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # added by data parallelism and torch.compile
 
 
 def require_ending(key: str, path: str) -> None:
@@ -23,15 +21,14 @@ def require_ending(key: str, path: str) -> None:
 
 
 def read_state(path: str) -> State:
-    """Read the state dict in a file, name to array.
+    """Read the tensors in a file, name to array; those in nested dictionaries have names joined by dots.
 
     Raises:
-        UsageError: the file cannot be read or contains no state dict.
+        UsageError: the file cannot be read or contains no tensors.
         RunError: the file needs PyTorch, which is not installed.
     """
     Path(path).stat()  # raises an error that names a missing file
-    state = read_safetensors(path) if path.endswith(".safetensors") else read_pickled(path)
-    return {PREFIXES.sub("", str(name)): array for name, array in state.items()}
+    return read_safetensors(path) if path.endswith(".safetensors") else read_pickled(path)
 
 
 def read_safetensors(path: str) -> State:
@@ -50,15 +47,22 @@ def read_pickled(path: str) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and PyTorch raise many types
-        kind = type(error).__name__
-        raise UsageError(f"{path}: expected what torch.save(model.state_dict(), FILE) writes, got a {kind}") from None
-    for key in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        expected = f"{path}: expected what torch.save(model.state_dict(), FILE) writes, got a {type(error).__name__}"
+        why = "; objects other than tensors are not loaded, as they may run code" * isinstance(error, UnpicklingError)
+        raise UsageError(expected + why) from None
+    tensors = tensors_in(state, torch.Tensor)
+    if not tensors:
         got = f"a {type(state).__name__}" + (f" of {', '.join(map(str, state))}" if isinstance(state, dict) else "")
-        raise UsageError(f"{path}: expected a state dict, alone or as {' or '.join(WRAPPERS)} of a dict, got {got}")
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
+        raise UsageError(f"{path}: expected a state dict, alone or in a dict, got {got}")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def tensors_in(content: Any, kind: type, prefix: str = "") -> dict[str, Any]:
+    """The tensors in nested dictionaries, ``{"a": {"b": tensor}} -> {"a.b": tensor}``."""
+    found: dict[str, Any] = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        found |= {f"{prefix}{name}": value} if isinstance(value, kind) else tensors_in(value, kind, f"{prefix}{name}.")
+    return found
 
 
 def write_state(path: str, state: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ class BlockedAttention(nn.Cell):
         "dim", "autopad", "exact_windowsize", "scale", "use_rotary_pos_emb", "use_xpos", "xpos_scale_base",
     })
     # fmt: on
+    takes_projections = False
 
     def __init__(self, attention: nn.Cell) -> None:
         super().__init__()

@@ -35,7 +35,9 @@ class CachedMHA(nn.Cell):
         return self.mha.attend_with(self.attend, x, (slots, mask, rotation, decay))
 
     def attend(self, q, k, v, slots, mask, rotation, decay):
-        """``q, k, v: (b h, n, d)``, returns the same shape."""
+        """``q, k, v: (b, n, h d)``, returns the same shape."""
+        mha, shape = self.mha, q.shape
+        q, k, v = mha.split_heads(q), mha.split_heads(k), mha.split_heads(v)
         q, k = self.mha.attention.scale_and_rotate(q, k, *self.unstack(rotation))
         groups, n, d = q.shape
         new_k, new_v = k.reshape((-1, d)), v.reshape((-1, d))
@@ -51,4 +53,4 @@ class CachedMHA(nn.Cell):
         if n > 1:
             self.write(self.keys, slots, ops.depend(new_k, out))
             self.write(self.values, slots, ops.depend(new_v, out))
-        return out
+        return mha.merge_heads(out).reshape(shape)

@@ -1,19 +1,23 @@
 """Atomic checkpoints: written to a temporary file, flushed to disk, renamed.
 
 A checkpoint is ``step-00001000.safetensors`` (weights under ``model.``; the optimizer's state under ``optimizer.``,
-unless the weights were imported) and a JSON sidecar with everything else. ``last`` and ``best`` are symbolic links to
-the newest checkpoint and to the one with the lowest validation bpb. The sidecar is written after the tensors and
-contains their checksum: a checkpoint without a sidecar is incomplete, one with another checksum is corrupt.
+unless the weights were imported) and a JSON sidecar with everything else. The sidecar is written after the tensors and
+contains their checksum: a checkpoint without a sidecar is incomplete, one with another checksum is corrupt. It also
+contains ``best_step``, which tells the *best* checkpoint, the one with the lowest validation bpb. The symbolic links
+``last`` and ``best`` are for people; nothing is lost where a copy of the directory lacks them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +83,7 @@ class Checkpoints:
 
         Args:
             tensors: name to array.
-            meta: what to store in the sidecar, with ``step``.
+            meta: what to store in the sidecar, with ``step`` and ``best_step``.
             best: whether this is the best checkpoint so far.
 
         Returns:
@@ -95,7 +99,7 @@ class Checkpoints:
                 f"step {meta['step']:,}: {not_finite[0]} contains NaN or infinity, so no checkpoint was written"
             )
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / f"step-{meta['step']:08d}.safetensors"
+        path = self.path(meta["step"])
         checksum = None
 
         def write(partial: Path) -> None:
@@ -111,24 +115,34 @@ class Checkpoints:
         self.link("last", path)
         if best:
             self.link("best", path)
-        self.prune()
+        for old in self.complete()[: -self.keep_last]:
+            if old not in (path, best_of(path, meta)):
+                old.unlink()
+                sidecar(old).unlink()
         return path
 
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.safetensors"
+
     def link(self, name: str, path: Path) -> None:
-        """Atomically let the link ``name`` point to ``path``."""
+        """Atomically let the link ``name`` point to ``path``, where the file system has links."""
         partial = self.directory / f".{name}.partial-{os.getpid()}"
         partial.unlink(missing_ok=True)
-        partial.symlink_to(path.name)
-        os.replace(partial, self.directory / name)
+        with suppress(OSError):
+            partial.symlink_to(path.name)
+            os.replace(partial, self.directory / name)
         flush_directory(self.directory)
 
-    def prune(self) -> None:
-        """Delete all checkpoints except the newest ``keep_last``, ``last`` and ``best``."""
-        linked = {(self.directory / name).resolve().name for name in ("last", "best")}
-        for path in self.complete()[: -self.keep_last]:
-            if path.name not in linked:
-                path.unlink()
-                sidecar(path).unlink()
+    def copy(self, path: Path) -> None:
+        """Copy a checkpoint of another run, and the best one of that run."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        meta = read_meta(path)
+        for name, source in (("best", best_of(path, meta)), ("last", path)):
+            if source:
+                target = self.path(read_meta(source)["step"])
+                write_atomically(target, functools.partial(shutil.copyfile, source))
+                write_atomically(sidecar(target), functools.partial(shutil.copyfile, sidecar(source)))
+                self.link(name, target)
 
     def complete(self) -> list[Path]:
         """Return the paths of all complete checkpoints, oldest first."""
@@ -143,18 +157,39 @@ class Checkpoints:
             CheckpointError: all checkpoints are corrupt.
         """
         complete = self.complete()
-        named = self.directory / (self.directory / name).resolve().name
-        for path in ([named] if named in complete else []) + [p for p in reversed(complete) if p != named]:
-            try:
-                read_meta(path)
-            except CheckpointError as error:
-                log.warning(f"{error}; trying an older one")
-            else:
-                return path
+        for path in reversed(complete):
+            if (meta := read_or_warn(path)) is not None:
+                best = best_of(path, meta) if name == "best" else path
+                return best if best and best != path and read_or_warn(best) else path
         if complete:
             raise CheckpointError(
                 f"all checkpoints in {self.directory} are corrupt: restore one of them, or use another run_dir"
             )
+        return None
+
+
+def best_of(path: Path, meta: Metadata) -> Path | None:
+    """Return the best checkpoint of a run up to the one at ``path``, if it is still there.
+
+    Args:
+        path: a checkpoint.
+        meta: its metadata. In those of old runs, the link ``best`` counts.
+    """
+    checkpoints = Checkpoints(path.parent)
+    link = path.with_name((path.parent / "best").resolve().name)
+    best = link if "best_step" not in meta else meta["best_step"] and checkpoints.path(meta["best_step"])
+    return best if best in checkpoints.complete() and best.name <= path.name else None
+
+
+def step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def read_or_warn(path: Path) -> Metadata | None:
+    try:
+        return read_meta(path)
+    except CheckpointError as error:
+        log.warning(f"{error}; trying another one")
         return None
 
 

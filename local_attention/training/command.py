@@ -1,6 +1,7 @@
 """Hydra entry points with one-line errors and the usual exit statuses.
 
-Status 0: success; 1: failure; 2: usage error; 130, 141 and 143: ended by Ctrl-C, a closed pipe, SIGTERM.
+Status 0: success; 1: failure; 2: usage error; 129, 130, 141 and 143: ended by a closed terminal, Ctrl-C, a closed pipe,
+SIGTERM.
 """
 
 import os
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -22,13 +24,14 @@ from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, flatten, format_value, keys_of, unknown_key
 from local_attention.training.signals import deliver_to_python
 from local_attention.training.sweep import sweep
+from local_attention.training.terminal import accept_any_output, discard_unwritten_output
 
 # Keys for files and directories that must exist, and what is said of one that does not.
 MISSING = {
-    "run": ": no such run directory",
-    **dict.fromkeys(("resume", "init_from"), ": no such run directory or checkpoint"),
-    **dict.fromkeys(("checkpoint", "file", "prompt_file", "weights"), ": No such file or directory"),
     **dict.fromkeys(("data.path", "data.val_path", "data.test_path"), " does not exist: check the path"),
+    **dict.fromkeys(("checkpoint", "file", "prompt_file", "weights"), ": No such file or directory"),
+    **dict.fromkeys(("resume", "init_from"), ": no such run directory or checkpoint"),
+    "run": ": no such run directory",
 }
 NO_PATHS = (None, "auto", "best", "last", "-")  # other values of these keys
 
@@ -64,6 +67,7 @@ def command(config_name: str, schema: type, check: Callable[[DictConfig], Any]) 
         def main() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
             os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
+            accept_any_output()
             deliver_to_python()
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(help_of(config_name, schema, task.__globals__.get("__doc__") or ""), end="")
@@ -81,6 +85,8 @@ def command(config_name: str, schema: type, check: Callable[[DictConfig], Any]) 
             except KeyboardInterrupt:
                 print_error("interrupted")
                 sys.exit(130)
+            finally:
+                discard_unwritten_output()
 
         return main
 
@@ -138,7 +144,8 @@ def run_task(task: Task, config: Any) -> tuple[int, str]:
 def print_error(error: object) -> str:
     """Print an error in one line, and return this line without its "error: "."""
     line = " ".join(str(error).splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"error: {line}", file=sys.stderr)
     return line
 
 

@@ -4,13 +4,14 @@ Each key is declared once, by a field: name, type, range, default and one line o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig
-from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import AfterValidator, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 from pydantic.dataclasses import dataclass
 
 from local_attention.options import (
@@ -28,8 +29,9 @@ from local_attention.options import (
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, parse, register_schema
 
-Run = Annotated[StrictStr | None, Help("run directory")]
-Checkpoint = Annotated[StrictStr, Help("best, last or a checkpoint file, which needs no run")]
+UserPath = Annotated[StrictStr, AfterValidator(expanduser)]  # "~" is the home directory, as in a shell
+Run = Annotated[UserPath | None, Help("run directory")]
+Checkpoint = Annotated[UserPath, Help("best, last or a checkpoint file, which needs no run")]
 Seed = Annotated[StrictInt, Ge(0), Le(2**32 - 1)]
 Count = Annotated[StrictInt, Ge(1)]
 Decay = Annotated[StrictFloat, Ge(0), Lt(1)]
@@ -48,15 +50,23 @@ class OtherDataConfig:
     """Which bytes to score instead of the run's: see :func:`fill_from_checkpoint`."""
 
     source: Annotated[Source | None, Help("null: the data of the run")] = None
-    path: Annotated[StrictStr | None, Help("the file: raw, .gz, .xz, .bz2 or .zip, detected from its content")] = None
-    dir: Annotated[StrictStr | None, Help("folder of enwik8, which is downloaded to it if necessary; null: data/")] = (
+    path: Annotated[
+        UserPath | None, Help("the file: raw, .gz, .xz, .bz2, .zst, .zip or .tar, detected from its content")
+    ] = None
+    dir: Annotated[UserPath | None, Help("folder of enwik8, which is downloaded to it if necessary; null: data/")] = (
         None
     )
     fallback: Annotated[
         Literal["stdlib"] | None,
         Help("what to use if enwik8 is absent and cannot be downloaded; null: end with an error"),
     ] = None
-    max_bytes: Annotated[Count | None, Help("use only that many bytes, from the beginning; null: all")] = None
+    max_bytes: Annotated[
+        Count | None, Help("use only that many bytes of the source, from the beginning; null: all")
+    ] = None
+    val_path: Annotated[
+        UserPath | None, Help("own file for validation; null: 5% of the bytes, before those for testing")
+    ] = None
+    test_path: Annotated[UserPath | None, Help("own file for testing; null: the last 5% of the bytes")] = None
 
 
 @dataclass(config=CHECKED)
@@ -122,6 +132,9 @@ class TrainConfig:
     grad_accum_every: Annotated[Count, Help("micro-batches per step")] = 4
     max_steps: Annotated[Count | None, Help("the run ends after that many steps; null: no limit")] = 10000
     max_minutes: Annotated[Positive | None, Help("or after that many minutes, with evaluations; null: no limit")] = None
+    stop_after: Annotated[
+        Count | None, Help("or after that many evaluations without a new best; null: evaluations do not end it")
+    ] = None
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
@@ -129,6 +142,10 @@ class TrainConfig:
     log_every: Annotated[Count, Help("steps from one line of metrics to the next")] = 10
     eval_every: Annotated[Count, Help("steps from one evaluation to the next")] = 250
     eval_bytes: Annotated[Count, Help("first bytes of the validation split, which evaluations score")] = 100_000
+    final_eval_bytes: Annotated[
+        Annotated[StrictInt, Ge(0)] | None,
+        Help("first bytes of the validation and the test split that the end of the run scores; null: all, 0: none"),
+    ] = None
     checkpoint_every: Annotated[Count, Help("steps from one checkpoint to the next, besides that at the end")] = 250
     keep_last: Annotated[Count, Help("newest checkpoints to keep, besides the best")] = 2
     generate_every: Annotated[Count, Help("steps from one sample to the next")] = 500
@@ -157,11 +174,14 @@ class RunConfig:
     parallel: Annotated[
         Literal["none", "data"], Help("data: one of the processes that msrun or scripts/launch.sh started; none: alone")
     ] = "none"
-    run_dir: Annotated[StrictStr | None, Help("where the run writes; null: runs/<experiment>/<time>")] = None
+    run_dir: Annotated[UserPath | None, Help("where the run writes; null: runs/<experiment>/<time>")] = None
     resume: Annotated[
-        StrictStr | None,
+        UserPath | None,
         Help("auto: continue the run in run_dir, if any; or a run directory or checkpoint; null: refuse to continue"),
     ] = "auto"
+    init_from: Annotated[
+        UserPath | None, Help("run directory or checkpoint whose weights a new run begins with; null: random weights")
+    ] = None
     seed: Annotated[Seed, Help("of the weights, the order of sequences, dropout and the samples")] = 0
 
 
@@ -171,10 +191,16 @@ class GenerateConfig:
     """What ``generate.py`` samples."""
 
     run: Run = None
-    checkpoint: Annotated[StrictStr, Help("best, last or a checkpoint file")] = "best"
+    checkpoint: Checkpoint = "best"
     prompt: Annotated[StrictStr, Help("text to continue; empty: a newline")] = ""
-    prompt_file: Annotated[StrictStr | None, Help("a file to continue instead; -: standard input")] = None
+    prompt_file: Annotated[
+        UserPath | None, Help("a file to continue instead, raw or packed like data.path; -: standard input")
+    ] = None
     length: Annotated[StrictInt, Ge(0), Help("bytes to sample; 0: until Ctrl-C")] = 1024
+    stop: Annotated[
+        StrictStr | None,
+        Help(r"each sample ends before this text; \n, \t, \r, \\ and \xHH (a byte) are understood; null: at length"),
+    ] = None
     temperature: Annotated[StrictFloat, Ge(0), Help("divides the logits; 0: always the most likely byte")] = 0.8
     top_k: Annotated[Count | None, Help("sample among that many of the most likely bytes; null: all")] = None
     top_p: Annotated[
@@ -215,17 +241,30 @@ class ScoreConfig:
 
     run: Run = None
     checkpoint: Checkpoint = "best"
-    file: Annotated[StrictStr | None, Help("the text to score; -: standard input")] = None
+    file: Annotated[UserPath | None, Help("the text to score, raw or packed like data.path; -: standard input")] = None
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def run_config(config: DictConfig) -> RunConfig:
     """Turn what Hydra composed into a checked :class:`RunConfig`.
 
+    With ``init_from``, values that must go together are checked by :func:`fill_from_initial` instead.
+
     Raises:
         UsageError: for an unknown key, a wrong type, a value out of range, values that do not go together.
     """
     run = parse(RunConfig, config)
+    if run.init_from and run.resume not in (None, "auto"):
+        raise UsageError(
+            f"init_from={run.init_from} begins a new run, resume={run.resume} continues one: give one of them"
+        )
+    if not run.init_from:
+        check_run(run)
+    return run
+
+
+def check_run(run: RunConfig) -> None:
+    """Raise :class:`UsageError` for values that do not go together."""
     model, train = run.model, run.train
     if train.max_steps is None and train.max_minutes is None:
         raise UsageError("expected train.max_steps or train.max_minutes, got null for both: the run would never end")
@@ -236,12 +275,35 @@ def run_config(config: DictConfig) -> RunConfig:
         )
     check_model(model)
     if model.use_abs_pos_emb and model.max_seq_len < train.seq_len:
+        advice = "lower train.seq_len" if run.init_from else "raise it, or use model.use_abs_pos_emb=false"
         raise UsageError(
-            f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: "
-            "raise it, or use model.use_abs_pos_emb=false"
+            f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: {advice}"
         )
     require_path(run.data)
-    return run
+
+
+def fill_from_initial(config: RunConfig, meta: Mapping[str, Any], overrides: Iterable[str]) -> RunConfig:
+    """A checked :class:`RunConfig` for the model of a checkpoint.
+
+    Keys of the model and ``train.seq_len`` that the command line does not give are as in the checkpoint's metadata. A
+    choice of ``model=`` gives all keys of the model.
+
+    Args:
+        config: a config with ``init_from``.
+        meta: the metadata of the checkpoint.
+        overrides: those of the command line.
+
+    Raises:
+        UsageError: for values that do not go together.
+    """
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    if "model" not in given:
+        model, train = as_dict(parse(ModelConfig, meta["config"]["model"])), meta["config"].get("train", {})
+        model = {key: value for key, value in model.items() if f"model.{key}" not in given}
+        seq_len = config.train.seq_len if "train.seq_len" in given else train.get("seq_len", config.train.seq_len)
+        config = replace(config, model=replace(config.model, **model), train=replace(config.train, seq_len=seq_len))
+    check_run(config)
+    return config
 
 
 def check_model(model: ModelConfig) -> None:
@@ -272,11 +334,10 @@ def check_model(model: ModelConfig) -> None:
 def generate_config(config: DictConfig) -> GenerateConfig:
     """Turn what Hydra composed into a checked :class:`GenerateConfig`; raises :class:`UsageError`."""
     generate = parse(GenerateConfig, config)
-    if not generate.run:
-        raise UsageError("expected the run to sample from, such as run=runs/quickstart/2026-01-31_10-00-00")
+    require_run_or_file(generate, "sample from")
     if generate.prompt and generate.prompt_file:
         raise UsageError("expected one of prompt and prompt_file, got both")
-    if generate.length == 0 and generate.num_samples > 1:
+    if generate.length == 0 and generate.num_samples > 1 and not generate.stop:
         raise UsageError(f"length=0 never ends: expected num_samples=1 with it, got {generate.num_samples}")
     return generate
 

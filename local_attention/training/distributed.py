@@ -110,9 +110,7 @@ class Distributed:
         """Raise :class:`RunError` unless the parameters of all processes are identical to the bit."""
         if self.world_size == 1:
             return
-        digest = hashlib.sha256()
-        for parameter in parameters:
-            digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
+        digest = digest_of(parameters)
         log.debug(f"weights {digest.hexdigest()}")
         digests = self.all_gather(np.frombuffer(digest.digest(), np.uint8))
         for rank, other in enumerate(digests):
@@ -136,13 +134,21 @@ class Distributed:
         own = flatten({**as_dict(config), "data": {**as_dict(config.data), "fingerprint": corpus.fingerprint}})
         main = self.broadcast_object(lambda: own)
         for key, value in own.items():
-            if value != main[key] and key not in ("data.path", "data.dir", "run_dir"):
+            if value != main[key] and not key.endswith(("path", "dir")):
                 raise UsageError(
                     f"worker {self.rank} has {key}={value}, worker 0 has {main[key]}: use the same value for both"
                 )
 
 
 SINGLE_PROCESS = Distributed()
+
+
+def digest_of(parameters: Iterable[ms.Parameter]) -> hashlib._Hash:
+    """A SHA-256 of the values of parameters."""
+    digest = hashlib.sha256()
+    for parameter in parameters:
+        digest.update(np.ascontiguousarray(parameter.asnumpy()).data)
+    return digest
 
 
 def as_bits(array: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from mindspore import nn
 
 from local_attention.decoding.session import eval_mode
-from local_attention.training.distributed import SINGLE_PROCESS, Distributed
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed, digest_of
 
 if TYPE_CHECKING:
     from data import Corpus
@@ -46,7 +47,7 @@ class EvalSpan(NamedTuple):
 def eval_span(corpus: Corpus, split: str, max_bytes: int | None = None) -> EvalSpan:
     """Return the first ``max_bytes`` bytes of a split, or all of it."""
     start, stop = corpus.bounds(split)
-    return EvalSpan(corpus.bytes, start, stop if max_bytes is None else min(stop, start + max_bytes))
+    return EvalSpan(corpus.array(split), start, stop if max_bytes is None else min(stop, start + max_bytes))
 
 
 class Window(NamedTuple):
@@ -94,6 +95,7 @@ class Evaluator:
         stop: int,
         stride: int | None = None,
         progress: Callable[[list[list[Window]]], Iterable[list[Window]]] = iter,
+        before_batch: Callable[[], object] = lambda: None,
     ) -> Score:
         """Score ``data[start:stop]``.
 
@@ -104,6 +106,7 @@ class Evaluator:
             start, stop: the span.
             stride: bytes from one window to the next, 1 … seq_len; by default ``seq_len``.
             progress: wraps the list of batches, like ``tqdm``.
+            before_batch: called before each batch, equally often in all processes; an exception ends the evaluation.
 
         Returns:
             A :class:`Score`. The sum over batches is exact, so the score does not depend on the world size.
@@ -120,12 +123,31 @@ class Evaluator:
         rows = list(windows(0, stop - start, self.seq_len, stride))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rank, world_size = self.distributed.rank, self.distributed.world_size
-        sums = np.zeros((math.ceil(len(batches) / world_size), 2))  # nats and bytes of each batch of this process
+        rounds = math.ceil(len(batches) / world_size)
+        batches += [[]] * (rounds * world_size - len(batches))
+        sums = np.zeros((rounds, 2))  # nats and bytes of each batch of this process
         with eval_mode(self.model):
             for i, batch in enumerate(progress(batches[rank::world_size])):
-                sums[i] = self.score_batch(tokens, batch)
+                before_batch()
+                if batch:
+                    sums[i] = self.score_batch(tokens, batch)
         nats, scored = (math.fsum(column) for column in self.distributed.all_gather(sums).reshape(-1, 2).T)
         return Score(nats / scored / math.log(2), int(scored))
+
+    def estimate_seconds(self, data: np.ndarray, start: int, stop: int) -> float:
+        """Estimate how long scoring takes, by scoring the first bytes twice: the first time compiles."""
+        some = min(stop, start + 2 * self.seq_len * self.batch_size * self.distributed.world_size)
+        for _ in range(2):
+            begin = time.monotonic()
+            self(data, start, some)
+        return (time.monotonic() - begin) * (stop - start) / (some - start)
+
+    def checksum(self, data: np.ndarray, start: int, stop: int) -> str:
+        """A checksum of all that the score of ``data[start:stop]`` depends on: weights, bytes, length of sequences."""
+        digest = digest_of(self.model.get_parameters())
+        digest.update(np.ascontiguousarray(data[max(0, start - 1) : stop]).data)
+        digest.update(repr((start > 0, self.seq_len)).encode())
+        return digest.hexdigest()[:16]
 
     def score_batch(self, tokens: np.ndarray, batch: list[Window]) -> tuple[float, int]:
         """Return the sum of the losses in nats and the number of scored bytes. Padding counts for neither."""

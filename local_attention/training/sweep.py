@@ -67,7 +67,7 @@ def sweep(
     jobs, folder = with_run_dirs(jobs)
     failed = []
     for number, job in enumerate(jobs, 1):
-        print(f"run {number} of {len(jobs)}: {job.name}", file=sys.stderr, flush=True)
+        say(f"run {number} of {len(jobs)}: {job.name}")
         HydraConfig.instance().set_config(job.composed)
         status, reason = run(job.config)
         gc.collect()  # graphs, weights and open files
@@ -76,7 +76,7 @@ def sweep(
         if status:
             failed.append(f"  {job.name}: {reason}")
     if failed:
-        print(f"{len(failed)} of {len(jobs)} runs failed:", *failed, sep="\n", file=sys.stderr)
+        say(f"{len(failed)} of {len(jobs)} runs failed:", *failed)
     if folder:
         with suppress(OSError):
             folder.rmdir()  # if nothing was written
@@ -89,6 +89,11 @@ def sweep(
             )
         return status
     return 1 if failed else 0
+
+
+def say(*lines: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def combinations(overrides: Sequence[str], keys: Mapping[str, Key]) -> list[tuple[str, list[str]]]:
@@ -150,9 +155,12 @@ def with_run_dirs(jobs: list[Job]) -> tuple[list[Job], Path | None]:
         return jobs, None
     folder = None
     if not all(job.config.run_dir for job in jobs):
+        from local_attention.training.run_dir import RunPaths, claim  # here, as it imports MindSpore
+
         experiments = {job.composed.hydra.runtime.choices.get("experiment") or "default" for job in jobs}
         experiment = experiments.pop() if len(experiments) == 1 else "sweep"
-        folder = new_folder(Path("runs") / experiment / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        path = Path("runs") / experiment / time.strftime("%Y-%m-%d_%H-%M-%S")
+        folder = claim(RunPaths(path, None, is_new=True)).run_dir
 
     def with_run_dir(job: Job) -> Job:
         return job._replace(config=replace(job.config, run_dir=str(Path(job.config.run_dir or str(folder), job.name))))
@@ -164,13 +172,3 @@ def where_it_writes(config: Any) -> str | None:
     """The run directory that a config names, if any."""
     resume = getattr(config, "resume", None)
     return getattr(config, "run_dir", None) or (resume if resume and Path(resume).is_dir() else None)
-
-
-def new_folder(path: Path) -> Path:
-    """Create a directory that did not exist: ``path``, or with a number behind it."""
-    for number in itertools.count(1):
-        with suppress(FileExistsError):
-            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
-            folder.mkdir(parents=True)
-            return folder
-    raise AssertionError

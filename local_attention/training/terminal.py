@@ -1,8 +1,9 @@
-"""Format bytes and durations for the terminal."""
+"""Output to a terminal, a pipe or a file."""
 
 import codecs
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 
@@ -21,6 +22,45 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def columns_of(stream: TextIO) -> int:
+    """The columns of a terminal that can be written to without a new line; 79 if they are unknown."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        columns = 0
+    return (columns or 80) - 1
+
+
+def join_what_fits(parts: Sequence[str], columns: int) -> str:
+    """Join the first of ``parts``, as many as fit in ``columns``, by two spaces."""
+    text = parts[0]
+    for part in parts[1:]:
+        if len(text) + 2 + len(part) > columns:
+            break
+        text += "  " + part
+    return text
+
+
+def accept_any_output() -> None:
+    """Show "?" for characters that the encoding of the output lacks, and discard output to a stream that is closed.
+
+    By default, both end the program with an error.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - it stays open
+        setattr(sys, name, stream)
+        stream.reconfigure(errors="replace")
+
+
+def discard_unwritten_output() -> None:
+    """Flush the output; discard it where that fails, as otherwise Python would change the exit status to 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the terminal or the reader is gone, or the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class ByteOutput:

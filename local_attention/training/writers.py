@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mindspore import nn
 from mindspore.train import Callback
 
-from local_attention.training import run_dir
+from local_attention.training import run_dir, start
 from local_attention.training.callbacks import Save, Saver, save_nothing
 from local_attention.training.checkpoint import Checkpoints
 from local_attention.training.config import RunConfig, as_dict
@@ -41,16 +41,25 @@ def open_run_dir(
 ) -> Writers:
     """Create the run directory, start ``train.log``, and return what writes there in this process.
 
+    A run that is resumed from a checkpoint of another directory gets copies of it and of the best one, so that the
+    directory can be continued from the beginning. The summary of a run that continues is no longer true and is removed.
+
     Raises:
         UsageError: another run is writing to the directory.
     """
-    lock = run_dir.create(paths.run_dir, config) if distributed.is_main else None
+    lock = None
+    if distributed.is_main:
+        lock = run_dir.create(paths.run_dir, config)
+        if paths.checkpoint and paths.checkpoint.resolve().parent != paths.checkpoints.resolve():
+            Checkpoints(paths.checkpoints).copy(paths.checkpoint.resolve())
+        if not state.finished:
+            (paths.run_dir / "summary.json").unlink(missing_ok=True)
     distributed.barrier()
     log_to_file(paths.run_dir, distributed.rank)
     if lock is None:
         return Writers(NullRunLog(), save_nothing, [])
     checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
-    saver = Saver(checkpoints, model, optimizer, state, run_dir.provenance(config, corpus, distributed))
+    saver = Saver(checkpoints, model, optimizer, state, start.provenance(config, corpus, distributed))
     weakref.finalize(saver, os.close, lock)  # a process may run several runs, one after another
     callbacks = [Profile(paths.run_dir)] if config.train.profile else []
-    return Writers(RunLog(paths.run_dir, state.step, as_dict(config)), saver, callbacks)
+    return Writers(RunLog(paths.run_dir, state, as_dict(config)), saver, callbacks)

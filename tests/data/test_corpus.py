@@ -55,6 +55,42 @@ def test_a_split_shorter_than_a_sequence_is_refused_with_both_numbers():
     corpus.require("train", sequence_bytes=900)
 
 
+@pytest.mark.parametrize(
+    ("own", "bounds"),
+    [
+        (["val"], {"train": (0, 950), "val": (0, 7), "test": (950, 1000)}),
+        (["test"], {"train": (0, 950), "val": (950, 1000), "test": (0, 7)}),
+        (["val", "test"], {"train": (0, 1000), "val": (0, 7), "test": (0, 7)}),
+    ],
+)
+def test_a_split_with_bytes_of_its_own_leaves_its_part_to_the_training_split(own, bounds):
+    texts = {split: np.full(7, number, np.uint8) for number, split in enumerate(own)}
+    corpus = Corpus("x", corpus_of(1000).bytes, texts)
+    assert {split: corpus.bounds(split) for split in bounds} == bounds
+    for split, (start, stop) in bounds.items():
+        wanted = texts[split] if split in own else corpus.bytes[start:stop]
+        np.testing.assert_array_equal(corpus.split(split), wanted)
+        np.testing.assert_array_equal(corpus.array(split), texts.get(split, corpus.bytes))
+        assert not corpus.split(split).flags.writeable
+
+
+def test_the_fingerprint_covers_the_bytes_of_all_splits_and_which_they_are():
+    main, other = corpus_of(1000).bytes, np.ones(50, np.uint8)
+    owns = [{}, {"val": other}, {"test": other}, {"val": other, "test": other}, {"val": other[:-1], "test": other}]
+    fingerprints = [Corpus("x", main, own).fingerprint for own in owns]
+    assert len(set(fingerprints)) == len(owns)
+    assert fingerprints[3] == Corpus("y", main, {"test": other, "val": other}).fingerprint
+
+
+def test_own_bytes_that_are_empty_or_shorter_than_a_sequence_are_refused_naming_the_key():
+    with pytest.raises(DataError, match=r"data\.test_path is empty"):
+        Corpus("x", corpus_of(1000).bytes, {"test": np.zeros(0, np.uint8)})
+    corpus = Corpus("x", corpus_of(1000).bytes, {"val": np.zeros(9, np.uint8)})
+    corpus.require("val", sequence_bytes=9)
+    with pytest.raises(DataError, match=r"^data\.val_path has 9 bytes, but a sequence needs .* = 10: use a larger"):
+        corpus.require("train", "val", "test", sequence_bytes=10)
+
+
 def test_an_unknown_split_is_refused_by_name():
     with pytest.raises(DataError, match="one of the splits train, val, test, got 'valid'"):
         corpus_of(10).split("valid")

@@ -38,6 +38,26 @@ def test_max_bytes_is_applied_before_splitting(tmp_path, pack):
     assert corpus.bounds("val") == (90, 95)
 
 
+def test_validation_and_test_have_own_files_packed_or_not_with_any_source(tmp_path, caplog):
+    (tmp_path / "book").write_bytes(TEXT)
+    (tmp_path / "valid.gz").write_bytes(gzip.compress(b"to validate"))
+    (tmp_path / "test.txt").write_bytes(b"to test")
+    own = {"val_path": str(tmp_path / "valid.gz"), "test_path": tmp_path / "test.txt"}
+    with caplog.at_level(logging.INFO, "data"):
+        corpus = load(Config(source="file", path=tmp_path / "book", max_bytes=1000, **own))
+    splits = [corpus.split(name).tobytes() for name in ("train", "val", "test")]
+    assert splits == [TEXT[:1000], b"to validate", b"to test"]
+    assert caplog.messages[1:] == [f"val: {tmp_path}/valid.gz, 11 bytes", f"test: {tmp_path}/test.txt, 7 bytes"]
+    corpus = load(Config(source="stdlib", max_bytes=1000, test_path=own["test_path"], val_path=None))
+    assert (corpus.train.size, corpus.val.size, corpus.test.tobytes()) == (950, 50, b"to test")
+
+
+@pytest.mark.parametrize("key", ["val_path", "test_path"])
+def test_an_own_file_that_is_missing_is_refused(key):
+    with pytest.raises(DataError, match="/no/such/file does not exist"):
+        load(Config(source="stdlib", **{key: "/no/such/file"}))
+
+
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from local_attention.training import command, run_log
+from local_attention.training import command, run_dir, run_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +76,7 @@ class Commands:
             patch.setattr(sys, "argv", [program, *arguments])
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
             patch.setattr(command, "deliver_to_python", lambda: None)
+            patch.setattr(run_dir.fcntl, "flock", lambda *_: None)  # a lock is held until the process ends
             try:
                 module.main()
                 status = 0
@@ -83,11 +84,11 @@ class Commands:
                 status = end.code
         ms.set_context(mode=mode)
         run_log._buffer.buffer.clear()
-        for logger, (level, logger.propagate, handlers) in before.items():
-            for handler in {*logger.handlers} - {*handlers}:
+        for logger, (level, propagate, handlers) in before.items():
+            for handler in set(logger.handlers) - set(handlers):
                 handler.close()
-            logger.handlers = handlers
             logger.setLevel(level)
+            logger.propagate, logger.handlers = propagate, handlers
         return subprocess.CompletedProcess(arguments, status, out.buffer.getvalue(), err.buffer.getvalue().decode())
 
     def run(self, program, *arguments):

@@ -1,17 +1,27 @@
 """The documentation: its Python code prints what the comments say, and its picture shows what the code does."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 
+from local_attention import LocalTransformer
+from local_attention.training.build import build_model
+from local_attention.training.checkpoint import Checkpoints, tensors_of
+from local_attention.training.config import ModelConfig, RunConfig
+from local_attention.training.optimizer import build_optimizer
+from local_attention.training.schema import as_dict
 from scripts import draw_visibility
 from scripts.draw_visibility import AFTER, BEFORE, LAST_RESORT, OWN, PADDING, PANELS, WINDOW
 from tests.e2e.conftest import ROOT
 from tests.local_attention import reference
+from tests.training.toys import randomise
 
 
 def python_of(page):
@@ -38,6 +48,27 @@ def test_the_python_of_a_page_runs_and_prints_what_its_comments_say(page, tmp_pa
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", program, re.MULTILINE)
+
+
+def test_the_lines_that_load_the_weights_of_a_run_load_those_of_a_checkpoint(tmp_path, monkeypatch):
+    config = RunConfig(
+        model=ModelConfig(max_seq_len=8, dim=8, depth=1, heads=1, dim_head=8, local_attn_window_size=4, max_ngram=2)
+    )
+    model = build_model(config.model)
+    randomise(model.get_parameters())
+    tensors = tensors_of(model, build_optimizer(config.optimizer, model.trainable_params()))
+    Checkpoints(tmp_path).save(tensors, {"step": 1000, "config": as_dict(config)})
+    monkeypatch.chdir(tmp_path)
+    restored = LocalTransformer(**json.loads(Path("step-00001000.json").read_text())["config"]["model"])
+    lines = python_of(ROOT / "docs/local_attention.md").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("tensors = ms.load_checkpoint("))
+    scope = {"ms": ms, "restored": restored}
+    exec("\n".join(lines[first : first + 3]), scope)
+    assert (scope["missing"], scope["unexpected"]) == ([], [])
+    found = {parameter.name: parameter.asnumpy() for parameter in restored.get_parameters()}
+    assert found.keys() == {parameter.name for parameter in model.get_parameters()}
+    for parameter in model.get_parameters():
+        np.testing.assert_array_equal(found[parameter.name], parameter.asnumpy(), err_msg=parameter.name)
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)

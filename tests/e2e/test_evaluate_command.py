@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from local_attention.training.build import load_model
+from tests.e2e.conftest import TINY
 from tests.e2e.test_mistakes import one_line_error
 
 LINE = re.compile(
@@ -84,6 +86,37 @@ def test_other_data_than_that_of_the_run_is_scored_with_a_warning_that_names_bot
     for part in (commands.text.name, json.loads(last.read_text())["data"]["fingerprint"], "other, text"):
         assert part in warning
     assert len(set(re.findall(r"\b[0-9a-f]{16}\b", warning))) == 2
+
+
+def test_an_own_file_is_scored_instead_of_the_twentieth_of_the_run(finished_run, commands, tmp_path):
+    text = commands.text.read_bytes()
+    (tmp_path / "own.gz").write_bytes(gzip.compress(text[len(text) * 95 // 100 :]))
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", f"data.test_path={tmp_path}/own.gz")
+    split, bpb, count, *_ = scored(result)
+    assert (split, count) == ("test", 3000)
+    # Only the first of them is predicted from another byte than at the end of the run.
+    assert 0 < abs(bpb - summary_of(finished_run[0])["test_bpb"]) < 8 * 32 / 3000
+    assert "warning: " in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_with_own_validation_and_test_files_is_scored_on_them(commands, tmp_path):
+    text, own = commands.text.read_bytes(), {}
+    for split, begin, size in (("val", 1000, 700), ("test", 5000, 900)):
+        own[split] = tmp_path / split
+        own[split].write_bytes(text[begin : begin + size])
+    paths = [f"data.{split}_path={path}" for split, path in own.items()]
+    run = commands.train("runs/own", *paths, "train.max_steps=1", "train.generate_length=1")
+    assert (run.returncode, run.stderr) == (0, "")
+    for split, size in (("val", 700), ("test", 900)):
+        assert f"scoring all {size} bytes of {split}" in run.stdout.decode()
+        result = commands.call("scripts/evaluate.py", "run=runs/own", f"split={split}")
+        bpb = summary_of(commands.folder / "runs/own")[f"{split}_bpb"]
+        assert scored(result)[:3] == (split, pytest.approx(bpb, abs=1e-6), size)
+        assert "warning" not in result.stderr
+    own["val"].write_bytes(text[:700])
+    changed = [*TINY, f"data.path={commands.text}", "run_dir=runs/own", *paths, "train.max_steps=2"]
+    assert "data.fingerprint" in commands.call("train.py", *changed).stderr.splitlines()[-1]
 
 
 def test_a_checkpoint_file_is_enough_and_longer_windows_need_no_learned_positions(bare_checkpoint, commands):

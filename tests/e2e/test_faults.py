@@ -105,6 +105,7 @@ def test_a_diverging_run_skips_steps_and_ends_naming_the_step(commands):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: step ") and "the last 3 steps were skipped" in line
+    assert "lower optimizer.lr or train.clip_norm and start again, or raise" in line  # there is no checkpoint
     assert result.stdout.decode().count("skipped: loss") == 3
     assert_all_complete(commands.folder / "runs/diverging")
 

@@ -24,6 +24,9 @@ def one_line_error(result, status=2):
         (["model.local_attn_window_size=24"], "train.seq_len=32 is not a multiple of model.local_attn_window_size=24"),
         (["data.path=missing.txt"], "missing.txt does not exist"),
         (["data.path=empty.txt"], "empty.txt is empty"),
+        (["data.val_path=missing.txt"], "missing.txt does not exist"),
+        (["data.test_path=empty.txt"], "empty.txt is empty"),
+        (["data.path=text.7z"], "text.7z is packed with 7z, which cannot be read: unpack it first"),
         (["train.seq_len=4096"], "4097"),
         (["model=huge"], "model=huge: expected one of base, small, tiny"),
         (["max_steps"], "max_steps"),
@@ -34,12 +37,14 @@ def one_line_error(result, status=2):
 )
 def test_a_usage_error_in_training_is_one_line_and_status_2(commands, overrides, expected):
     (commands.folder / "empty.txt").touch()
+    (commands.folder / "text.7z").write_bytes(b"7z\xbc\xaf\x27\x1c\0\4")
     try:
         arguments = [*TINY, f"data.path={commands.text}", "run_dir=runs/mistaken", *overrides]
         assert expected in one_line_error(commands.call("train.py", *arguments))
         assert not (commands.folder / "runs/mistaken").exists()
     finally:
         (commands.folder / "empty.txt").unlink()
+        (commands.folder / "text.7z").unlink()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,7 @@ def test_a_usage_error_in_training_is_one_line_and_status_2(commands, overrides,
         (["run=nowhere", "temperature=-1"], "temperature=-1: expected a number >= 0"),
         (["run=nowhere", "legth=3"], "did you mean length?"),
         (["run=nowhere", "prompt=a", "prompt_file=b"], "expected one of prompt and prompt_file"),
+        (["run=nowhere", "prompt_file=missing.gz"], "missing.gz: No such file"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",
 )

@@ -1,3 +1,4 @@
+import gzip
 import re
 import subprocess
 
@@ -29,10 +30,10 @@ def test_a_file_is_scored_in_one_line(finished_run, commands, short_text):
     assert checkpoint.startswith("runs/whole/checkpoints/step-")
 
 
-def test_standard_input_is_scored_as_the_same_file(finished_run, commands, short_text):
+def test_packed_standard_input_is_scored_as_the_same_file(finished_run, commands, short_text):
     by_file = scored(commands.call("scripts/score.py", "run=runs/whole", f"file={short_text}"))
     process = commands.start("scripts/score.py", "run=runs/whole", "file=-", stdin=subprocess.PIPE)
-    out, err = process.communicate(short_text.read_bytes(), timeout=300)
+    out, err = process.communicate(gzip.compress(short_text.read_bytes()), timeout=300)
     by_input = scored(subprocess.CompletedProcess([], process.returncode, out, err.decode()))
     assert by_input[1:] == by_file[1:]
 
@@ -44,7 +45,9 @@ def test_standard_input_is_scored_as_the_same_file(finished_run, commands, short
         (["file=a"], "expected the run"),
         (["run=runs/whole", "file=missing"], "missing: No such file"),
         (["run=runs/whole", "file=/dev/null"], "at least one byte"),
+        (["run=runs/whole", "file=runs/text.7z"], "runs/text.7z is packed with 7z, which cannot be read"),
     ],
 )
 def test_a_usage_error_is_one_line(finished_run, commands, arguments, message):
+    (commands.folder / "runs/text.7z").write_bytes(b"7z\xbc\xaf\x27\x1c\0\4")
     assert message in one_line_error(commands.call("scripts/score.py", *arguments), 2)

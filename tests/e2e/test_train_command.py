@@ -17,7 +17,7 @@ def records(run_dir, kind):
 def metrics(run_dir):
     """Return all records without what depends on the machine."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    measured = {"wall_s", "bytes_per_s", "peak_memory_bytes"}
+    measured = {"wall_s", "bytes_per_s", "gflop_per_s", "peak_memory_bytes"}
     return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 
 
@@ -47,7 +47,7 @@ def test_every_step_is_recorded_with_its_metrics(finished_run):
 
 def test_evaluations_and_samples_are_recorded_at_their_intervals_and_at_the_end(finished_run):
     run_dir, _ = finished_run
-    during = [line for line in records(run_dir, "eval") if not line.get("whole_split")]
+    during = [line for line in records(run_dir, "eval") if "whole_split" not in line]
     assert [(line["step"], line["split"], line["bytes_scored"]) for line in during] == [
         (4, "val", 500),
         (8, "val", 500),
@@ -92,11 +92,12 @@ def test_nothing_is_printed_to_standard_error(finished_run):
 
 @pytest.fixture(scope="module")
 def interrupted_run(commands):
-    """A run that was terminated and killed, and resumed each time."""
+    """A run that was terminated in an evaluation and killed, and resumed each time."""
     name = "runs/interrupted"
-    returned, printed, err = commands.train_until("step      3", signal.SIGTERM, name, DROPOUT)
+    returned, printed, err = commands.train_until("step      4  train", signal.SIGTERM, name, DROPOUT)
     assert returned == 143, err
-    assert f"in {name}/checkpoints" in printed and "resume=auto" in printed
+    assert "step      4  the evaluation was interrupted; a continued run begins with it\n" in printed
+    assert f"interrupted: saved step 4 in {name}/checkpoints" in printed and "resume=auto" in printed
     returned, _, err = commands.train_until("step      7", signal.SIGKILL, name, DROPOUT)
     assert returned == -signal.SIGKILL, err
     result = commands.train(name, DROPOUT)
@@ -140,18 +141,13 @@ def test_continuing_with_another_model_is_refused_with_both_values(finished_run,
 def test_tensorboard_lists_the_scalars_and_the_samples(finished_run):
     run_dir, _ = finished_run
     with tensorboard(run_dir) as ask:
-        scalars = ask("/data/plugin/scalars/tags")
-        assert set(next(iter(scalars.values()))) >= {
-            "train/bpb",
-            "train/lr",
-            "train/grad_norm",
-            "train/bytes_per_s",
-            "val/bpb",
-            "whole_val/bpb",
-            "whole_test/bpb",
+        scalars = {run: set(tags) for run, tags in ask("/data/plugin/scalars/tags").items() if tags}
+        names = ("lr", "grad_norm", "bytes_per_s", "gflop_per_s", "skipped_steps", "peak_memory_bytes")
+        assert scalars == {
+            "tensorboard/train": {"bpb", *(f"train/{name}" for name in names)},
+            **{f"tensorboard/{run}": {"bpb"} for run in ("val", "final/val", "final/test")},
         }
-        texts = ask("/data/plugin/text/tags")
-        assert any("sample" in tag for tag in next(iter(texts.values())))
-        run = next(iter(scalars))
-        points = ask(f"/data/plugin/scalars/scalars?run={run}&tag=train%2Fbpb")
+        texts = ask("/data/plugin/text/tags")["tensorboard"]
+        assert any("sample" in tag for tag in texts)
+        points = ask("/data/plugin/scalars/scalars?run=tensorboard%2Ftrain&tag=bpb")
         assert [step for _, step, _ in points] == list(range(1, 13))

@@ -130,9 +130,11 @@ def test_only_worker_0_writes_the_run_and_each_worker_has_a_log(two):
 def test_after_a_signal_two_workers_save_and_one_continues_their_run(commands, two):
     run = Launched(commands, "runs/stopped", *OVERRIDES)
     run.wait_for_step(3)
+    run.process.send_signal(signal.SIGUSR1)
     run.process.send_signal(signal.SIGINT)
     status, out, err = run.end()
     assert (status, err) == (130, ""), out + err
+    assert "saved because of SIGUSR1; the run goes on" in out
     step = int(re.search(r"interrupted: saved step (\d+) in runs/stopped", out)[1])
     assert 3 <= step < STEPS
     assert "continue:  scripts/launch.sh 2 " in out

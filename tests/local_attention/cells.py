@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from mindspore import nn, ops
 
+from local_attention import kernels
 from tests.local_attention import reference
 
 both_modes = pytest.mark.parametrize("mode", ["graph", "eager"], indirect=True)
@@ -13,10 +14,27 @@ in_a_graph = pytest.mark.parametrize("mode", ["graph"], indirect=True)
 slowly_in_a_graph = pytest.mark.parametrize(
     "mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)], indirect=True
 )
+# The fused operators in C++ for whole sequences are optional.
+needs_fused = pytest.mark.skipif(
+    not (kernels.library() and kernels.has_gemm()), reason="the operators in C++ do not run here"
+)
 # For assert_gradients: along random directions; in the slow set each entry by itself.
 directions_or_entries = pytest.mark.parametrize(
     "every_entry", [pytest.param(False, id="directions"), pytest.param(True, marks=pytest.mark.slow, id="entries")]
 )
+
+
+def both_paths(test):
+    """Let cells that the test builds compute by fused operators in C++, and again by MindSpore's own."""
+    paths = [pytest.param("fused", marks=needs_fused), "portable"]
+    return pytest.mark.usefixtures("path")(pytest.mark.parametrize("path", paths, indirect=True)(test))
+
+
+def portable(build):
+    """What ``build()`` gives without the operators in C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda: None)
+        return build()
 
 
 def examples(count):
@@ -112,6 +130,19 @@ def value_and_parameter_gradients(net, *inputs):
     cell = ValueAndParameterGradients(net)
     value, gradients = cell(*map(tensor, inputs))
     return float(value.asnumpy()), {p.name: g.asnumpy() for p, g in zip(cell.parameters, gradients, strict=True)}
+
+
+class ValueAndAllGradients(nn.Cell):
+    """``(net(*inputs), (gradients for inputs, gradients for parameters))`` of ``(cotangent, *inputs)``."""
+
+    def __init__(self, net):
+        super().__init__(auto_prefix=False)
+        self.net = net
+        self.parameters = ms.ParameterTuple(net.trainable_params())
+        self.grad = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
+
+    def construct(self, cotangent, *inputs):
+        return self.net(*inputs), self.grad(self.net, self.parameters)(*inputs, cotangent)
 
 
 class Loss(nn.Cell):

@@ -61,7 +61,8 @@ def attention(
 ):
     """Attention of ``q, k, v: (..., n, d)`` through the full ``(n, n)`` matrix of scores, row by row.
 
-    ``mask: (b, n)``, ``attn_bias: (heads, window, span)``; xPos with a base. A query without a key gets zeros.
+    ``mask: (b, n)``, ``attn_bias: (heads, window, span)``, whose minus infinity hides keys; xPos with a base. A query
+    without a key gets zeros.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     shape, n, d = (*q.shape[:-1], v.shape[-1]), *q.shape[-2:]
@@ -75,8 +76,9 @@ def attention(
     seen = np.repeat(visibility(n, **rule)[None], len(q), 0)
     if attn_bias is not None:
         window, back = rule["window_size"], rule.get("look_backward", 1)
-        for g, i, j in np.argwhere(seen):
-            scores[g, i, j] += attn_bias[g % len(attn_bias), i % window, j - (i // window - back) * window]
+        g, i, j = np.nonzero(seen)
+        scores[g, i, j] += attn_bias[g % len(attn_bias), i % window, j - (i // window - back) * window]
+        seen &= scores > -np.inf
     if mask is not None:
         seen &= np.repeat(mask, len(q) // len(mask), 0)[:, None]
     if shared_qk:  # itself only where it sees nothing else

@@ -10,9 +10,8 @@ from itertools import chain, combinations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import nn, ops
 
-from tests.local_attention.cells import parameters, tensor
+from tests.local_attention.cells import ValueAndAllGradients, in_a_graph, needs_fused, parameters, tensor
 from tests.local_attention.golden import FOLDER, KINDS, load
 
 LOADED = {kind: load(kind) for kind in KINDS}
@@ -20,6 +19,12 @@ LOADED = {kind: load(kind) for kind in KINDS}
 
 def parameters_of_tests(loaded, marks=()):
     return [pytest.param(*entry, id=f"{entry[0].public.__name__}-{entry[0].seed}", marks=marks) for entry in loaded]
+
+
+def on(path, cases, marks=()):
+    """Cases to be computed by fused operators in C++ or by MindSpore's own."""
+    marks = [*marks, needs_fused] if path == "fused" else marks
+    return [pytest.param(path, *case.values, id=f"{path}-{case.id}", marks=[*case.marks, *marks]) for case in cases]
 
 
 def values(case):
@@ -45,32 +50,18 @@ def few(loaded):
     return [shallow[len(shallow) // 3], shallow[-1]]
 
 
+def slow_but_for(fast, loaded):
+    """All of ``loaded``, of which only those in ``fast`` are not slow."""
+    others = [entry for entry in loaded if all(entry is not other for other in fast)]
+    return parameters_of_tests(fast) + parameters_of_tests(others, marks=[pytest.mark.slow])
+
+
 FAST = {kind: varied(loaded) for kind, loaded in LOADED.items()}
-ALL = parameters_of_tests(chain(*FAST.values()))
-ALL += parameters_of_tests(
-    [entry for kind, loaded in LOADED.items() for entry in loaded if all(entry is not fast for fast in FAST[kind])],
-    marks=pytest.mark.slow,
-)
-FEW = parameters_of_tests(few(LOADED[kind])[1] for kind in ("LocalAttention", "LocalMHA", "LocalTransformer"))
-FEW += parameters_of_tests(
-    [few(LOADED[kind])[0] for kind in ("LocalAttention", "LocalMHA", "LocalTransformer")]
-    + few(LOADED["DynamicPositionBias"])
-    + few(LOADED["SinusoidalEmbeddings"]),
-    marks=pytest.mark.slow,
-)
-
-
-class ValueAndAllGradients(nn.Cell):
-    """``(net(*inputs), (gradients for inputs, gradients for parameters))`` of ``(cotangent, *inputs)``."""
-
-    def __init__(self, net):
-        super().__init__(auto_prefix=False)
-        self.net = net
-        self.parameters = ms.ParameterTuple(net.trainable_params())
-        self.grad = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
-
-    def construct(self, cotangent, *inputs):
-        return self.net(*inputs), self.grad(self.net, self.parameters)(*inputs, cotangent)
+ALL = {kind: slow_but_for(FAST[kind], LOADED[kind]) for kind in KINDS}
+FEW = {kind: slow_but_for(few(LOADED[kind])[1:], few(LOADED[kind])) for kind in KINDS}
+IN_CPP = ("LocalAttention", "LocalMHA", "LocalTransformer")
+NOT_IN_CPP = ("DynamicPositionBias", "SinusoidalEmbeddings")
+LESS_VARIED = {kind: slow_but_for(varied(LOADED[kind], 0.6), LOADED[kind]) for kind in IN_CPP}
 
 
 def as_input(x):
@@ -96,18 +87,27 @@ def check(case, expected):
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("case", "expected"), ALL)
-def test_outputs_and_gradients_are_as_expected(case, expected):
+@pytest.mark.parametrize(
+    ("path", "case", "expected"),
+    on("fused", chain(*(ALL[kind] for kind in IN_CPP)))
+    + on("portable", chain(*(LESS_VARIED[kind] for kind in IN_CPP), *(ALL[kind] for kind in NOT_IN_CPP))),
+    indirect=["path"],
+)
+def test_outputs_and_gradients_are_as_expected(path, case, expected):
     check(case, expected)
 
 
-@pytest.mark.parametrize("mode", ["graph"], indirect=True)
-@pytest.mark.parametrize(("case", "expected"), FEW)
-def test_outputs_and_gradients_are_as_expected_in_a_graph(mode, case, expected):
+@in_a_graph
+@pytest.mark.parametrize(
+    ("path", "case", "expected"),
+    on("fused", chain(*(FEW[kind] for kind in IN_CPP))) + on("portable", chain(*FEW.values()), [pytest.mark.slow]),
+    indirect=["path"],
+)
+def test_outputs_and_gradients_are_as_expected_in_a_graph(mode, path, case, expected):
     check(case, expected)
 
 
-@pytest.mark.parametrize(("case", "expected"), ALL)
+@pytest.mark.parametrize(("case", "expected"), [*chain(*ALL.values())])
 def test_the_reference_gives_what_is_expected(case, expected):
     out = case.by_reference(parameters(case.cell()))
     if out is not None:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import nn, ops
 
 from local_attention.layers import (
     GEGLU,
@@ -13,7 +13,16 @@ from local_attention.layers import (
     dense,
 )
 from tests.local_attention import reference
-from tests.local_attention.cells import both_modes, parameters, randomise, run, tensor, value_and_gradients
+from tests.local_attention.cells import (
+    assert_gradients,
+    both_modes,
+    both_paths,
+    parameters,
+    randomise,
+    run,
+    tensor,
+    value_and_gradients,
+)
 
 LABELS = np.array([0, 4, 2, 2])
 GAMMA, BETA = "gamma", "beta"
@@ -54,38 +63,39 @@ def test_l2_norm_of_a_row_of_zeros_is_zeros_and_its_gradient_finite(mode):
 
 
 class NormedProducts(nn.Cell):
-    """A LayerNorm before two linear layers, all parameters as inputs."""
+    """A LayerNorm before two linear layers, whose weights are inputs, and their outputs side by side."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim, 2)
 
-    def construct(self, x, weight):
-        return self.norm(x, (weight[:3], weight[3:]))[1]
+    def construct(self, x, weight, other):
+        return ops.cat(self.norm(x, (weight, other)), 1)
 
 
+@both_paths
 @both_modes
-@pytest.mark.parametrize("rows", [3, 7])  # fewer and more than the weight's 5: two ways to compute
-def test_layer_norm_gives_the_products_with_the_normalised_rows(mode, rows, rng):
+@pytest.mark.parametrize(("rows", "outputs"), [(3, 5), (70, 5), (70, 80)])  # each is computed in another way
+def test_layer_norm_gives_the_products_with_the_normalised_rows(mode, rows, outputs, rng):
     cell = NormedProducts(6)
     p = randomise(cell)
-    x, weight, cotangent = rng.standard_normal((rows, 6)), rng.standard_normal((8, 6)), rng.standard_normal((rows, 5))
+    inputs = [rng.standard_normal((size, 6)) for size in (rows, 3, outputs)]
+    cotangent = rng.standard_normal((rows, 3 + outputs))
 
-    def definition(x, weight):
-        return reference.layer_norm(x, p, "norm") @ weight[3:].T
+    def definition(x, *weights):
+        return np.concatenate([reference.layer_norm(x, p, "norm") @ weight.T for weight in weights], 1)
 
-    value, gradients = value_and_gradients(cell, [x, weight], cotangent)
-    np.testing.assert_allclose(value, definition(x, weight), atol=1e-5)
-    for gradient, wanted in zip(
-        gradients, reference.numerical_gradients(definition, [x, weight], cotangent), strict=True
-    ):
-        np.testing.assert_allclose(gradient, wanted, atol=1e-4)
+    value, gradients = value_and_gradients(cell, inputs, cotangent)
+    np.testing.assert_allclose(value, definition(*inputs), atol=1e-5)
+    assert_gradients(definition, inputs, cotangent, gradients)
 
 
-def test_layer_norm_gives_a_product_for_each_weight(rng):
-    norm = LayerNorm(4)
+@both_paths
+@pytest.mark.parametrize("rows", [6, 70])
+def test_layer_norm_gives_a_product_for_each_weight(rows, rng):
+    norm = LayerNorm(4, 3)
     p = {f"norm.{name}": value for name, value in randomise(norm).items()}
-    x, weights = rng.standard_normal((6, 4)), [rng.standard_normal((rows, 4)) for rows in (2, 6, 9)]
+    x, weights = rng.standard_normal((rows, 4)), [rng.standard_normal((size, 4)) for size in (2, 6, 9)]
     products = norm(tensor(x), tuple(map(tensor, weights)))
     assert len(products) == 3
     for product, weight in zip(products, weights, strict=True):
@@ -93,10 +103,11 @@ def test_layer_norm_gives_a_product_for_each_weight(rng):
 
 
 def test_layer_norm_begins_as_the_identity_of_standardised_rows():
-    p = parameters(LayerNorm(5))
+    p = parameters(LayerNorm(5, 1))
     assert (p[GAMMA] == 1).all() and (p[BETA] == 0).all()
 
 
+@both_paths
 @both_modes
 def test_feed_forward_is_normed_gated_and_without_biases(mode, rng):
     cell = FeedForward(6, 3)
@@ -126,6 +137,7 @@ def test_the_gelu_is_the_exact_one():
     np.testing.assert_allclose(run(GEGLU(), np.ones((1, 4)), gates), exact, atol=1e-6)
 
 
+@both_paths
 @both_modes
 def test_cross_entropy_and_its_gradient(mode, rng):
     logits, cotangent = rng.standard_normal((4, 5)), rng.standard_normal(4)
@@ -135,10 +147,12 @@ def test_cross_entropy_and_its_gradient(mode, rng):
     np.testing.assert_allclose(gradient, wanted, atol=1e-4)
 
 
+@both_paths
 def test_cross_entropy_of_equal_logits_is_the_logarithm_of_the_number_of_classes():
     np.testing.assert_allclose(run(CrossEntropy(), np.zeros((1, 256)), [7]), np.log(256), rtol=1e-6)
 
 
+@both_paths
 def test_cross_entropy_of_large_logits_overflows_nothing():
     logits = np.array([[1000.0, 0.0], [1000.0, 0.0]])
     np.testing.assert_allclose(run(CrossEntropy(), logits, [0, 1]), [0, 1000])

@@ -46,7 +46,7 @@ def mha(**options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("n", [3, 10])  # fewer and more rows than the norm has products; with and without padding
+@pytest.mark.parametrize("n", [3, 40])  # few and many rows for the norm; with and without padding
 def test_multi_head_attention_does_what_its_options_say(options, wanted, n, rng):
     cell, p = mha(**options)
     x = rng.standard_normal((2, n, 6))

@@ -15,3 +15,15 @@ def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, cwd=ROOT, env=outside)
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["make", target] for target in targets]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_parity_has_an_environment_of_its_own(tmp_path):
+    """Where PyTorch's package is installed, it is what `import local_attention` finds outside the checkout."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of make test
+    command = ["make", "--dry-run", "PYTHON=python3", "parity"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=outside)
+    assert ".venv-parity/bin/python -m pip install --editable '.[train,dev,parity]'" in done.stdout.splitlines()
+    assert not re.search(r"\.venv\b(?!-parity)", done.stdout)

@@ -106,7 +106,10 @@ def test_options_that_the_original_lacks_are_refused_and_nothing_is_written(run,
     [
         (["run=null"], "expected the run to export, such as run=runs/"),
         (["run=a", "output=null"], "expected the file to write, such as output=model.pt"),
-        (["run=a", "output=model.onnx"], "output=model.onnx: expected a file that ends in .pt, .pth, .safetensors"),
+        (
+            ["run=a", "output=model.onnx"],
+            "output=model.onnx: expected a file that ends in .pt, .pth, .ckpt, .bin, .safetensors",
+        ),
         (["run=a", "output=absent/model.pt"], "output=absent/model.pt: there is no folder absent"),
         (["run=absent"], "absent: no such run directory"),
     ],

@@ -142,6 +142,54 @@ def test_positions_that_are_all_zero_are_dropped_unless_requested(weights, impor
     assert loaded.use_abs_pos_emb and not loaded.pos_emb.embedding_table.asnumpy().any()
 
 
+# Names that begin with something else
+
+
+def renamed(prefix, **others):
+    """Changes a state dict: all names begin with ``prefix``, and there are ``others``."""
+
+    def rename(state):
+        names = list(state)
+        state.update({prefix + name: state.pop(name) for name in names} | others)
+
+    return rename
+
+
+SOME = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "ema_model.", "module._orig_mod.", "state_dict.model.net."])
+def test_a_prefix_of_all_names_is_taken_off_and_printed(weights, imported, capsys, prefix):
+    _, model, path = weights(renamed(prefix, initted=SOME, **{"optimizer.state.0.step": SOME}))
+    loaded, _ = load_model(Checkpoints(imported(path, WINDOW) / "checkpoints").find("best"))
+    for wanted, found in zip(model.get_parameters(), loaded.get_parameters(), strict=True):
+        np.testing.assert_array_equal(found.asnumpy(), wanted.asnumpy(), err_msg=wanted.name)
+    said, count = capsys.readouterr().out.splitlines()[:2]
+    assert f"weights named {prefix}…, without this prefix; not imported: 2 others" in said
+    assert " parameters of " in count
+
+
+def test_without_a_prefix_other_names_are_refused(weights, imported):
+    _, _, path = weights(renamed("", initted=SOME))
+    assert "unexpected: initted (3,)" in refusal(imported, path, WINDOW)
+
+
+def test_one_of_several_models_must_be_chosen(weights, imported):
+    def two(state):
+        for name in list(state):
+            state[f"model.{name}"] = state[name] + 1
+            state[f"ema.{name}"] = state.pop(name)
+
+    _, model, path = weights(two)
+    assert refusal(imported, path, WINDOW) == (
+        f"{path} contains 2 models: choose one with prefix=ema. or prefix=model."
+    )
+    message = refusal(imported, path, WINDOW, "prefix=net.")
+    assert message == f"prefix=net.: expected one of ema., model., as in {path}"
+    loaded, _ = load_model(Checkpoints(imported(path, WINDOW, "prefix=ema.") / "checkpoints").find("best"))
+    np.testing.assert_array_equal(loaded.norm.gamma.asnumpy(), model.norm.gamma.asnumpy())
+
+
 # What is inferred and what is given
 
 
@@ -246,7 +294,10 @@ def test_weights_of_something_else_are_refused_naming_what_was_looked_for(weight
     [
         ([], "expected model.local_attn_window_size=NUMBER"),
         ([WINDOW, "weights=null"], "expected the weights to import"),
-        ([WINDOW, "weights=a.bin"], "weights=a.bin: expected a file that ends in .pt, .pth, .safetensors"),
+        (
+            [WINDOW, "weights=a.onnx"],
+            "weights=a.onnx: expected a file that ends in .pt, .pth, .ckpt, .bin, .safetensors",
+        ),
         ([WINDOW, "run_dir=null"], "expected the directory to write"),
         ([WINDOW, "model.look_backward=-1"], "model.look_backward=-1: expected a whole number >= 0"),
         ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos=abc: expected true or false"),

@@ -1,5 +1,6 @@
 import os
 import sys
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from local_attention.training.errors import RunError, UsageError
-from scripts.torch_files import read_state, require_ending, write_state
+from scripts.torch_files import ENDINGS, read_state, require_ending, write_state
 
 STATE = {"to_out.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "scale": np.array(0.5, np.float32)}
 
@@ -63,12 +64,6 @@ def test_other_types_are_read_as_float32(tmp_path, dtype):
     assert_same(read_state(str(tmp_path / "a.safetensors")), STATE)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_parallel_and_compiled_models_are_removed(tmp_path, prefix):
-    write_state(str(tmp_path / "a.safetensors"), {prefix + name: array for name, array in STATE.items()})
-    assert_same(read_state(str(tmp_path / "a.safetensors")), STATE)
-
-
 def test_a_damaged_file_is_refused_naming_it(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(os.urandom(100))
@@ -92,26 +87,33 @@ def test_a_file_that_cannot_be_written_keeps_the_old_one(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-# .pt and .pth
+# .pt, .pth, .ckpt and .bin
 
 
 def tensors(prefix=""):
     return {prefix + name: Tensor(array.astype(np.float64)) for name, array in STATE.items()}
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_state_dict"])
-def test_a_state_dict_is_found_alone_or_in_a_checkpoint(torch, wrapper):
-    torch.content = {wrapper: tensors("module."), "step": 3} if wrapper else tensors()
+def test_the_tensors_of_a_checkpoint_are_found_in_its_dictionaries(torch):
+    torch.content = tensors()
     assert_same(read_state(torch.path), STATE)
+    optimizer = {"state": {0: {"step": Tensor(3.0), "lr": 0.1}}, "param_groups": [{"params": [0]}]}
+    torch.content = {"epoch": 3, "state_dict": tensors("net."), "optimizer": optimizer}
+    wanted = {f"state_dict.net.{name}": array for name, array in STATE.items()}
+    assert_same(read_state(torch.path), wanted | {"optimizer.state.0.step": np.array(3, np.float32)})
 
 
 @pytest.mark.parametrize(
     ("content", "got"),
     [
         ([1], "got a list"),
-        ({"net": tensors(), "step": 3}, "got a dict of net, step"),
+        ({"net": {"a": 1}, "step": 3}, "got a dict of net, step"),
         ({"model": [1]}, "got a dict of model"),
         (OSError("many\nlines"), "got a OSError"),
+        (
+            UnpicklingError("a\nclass"),
+            "got a UnpicklingError; objects other than tensors are not loaded, as they may run code",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -134,7 +136,7 @@ def test_without_pytorch_its_files_are_refused_and_safetensors_are_not(monkeypat
     assert_same(read_state(str(tmp_path / "a.safetensors")), STATE)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.pth"])
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.ckpt", "a.bin"])
 def test_pytorch_reads_what_is_written_for_it(tmp_path, name):
     torch = pytest.importorskip("torch")
     write_state(str(tmp_path / name), STATE)
@@ -143,9 +145,10 @@ def test_pytorch_reads_what_is_written_for_it(tmp_path, name):
     assert_same(read_state(str(tmp_path / name)), STATE)
 
 
-@pytest.mark.parametrize("path", ["a", "a.bin", "pt"])
+@pytest.mark.parametrize("path", ["a", "a.onnx", "pt"])
 def test_other_endings_are_refused(path):
     with pytest.raises(UsageError) as error:
         require_ending("weights", path)
-    assert str(error.value) == f"weights={path}: expected a file that ends in .pt, .pth, .safetensors"
-    require_ending("weights", "a.pth")
+    assert str(error.value) == f"weights={path}: expected a file that ends in .pt, .pth, .ckpt, .bin, .safetensors"
+    for ending in ENDINGS:
+        require_ending("weights", f"a{ending}")

@@ -9,6 +9,7 @@ import pytest
 from data import SequenceSampler
 from local_attention.training.batches import BatchIterator, batch_dataset
 from local_attention.training.config import TrainConfig
+from local_attention.training.distributed import Distributed
 from tests.training.toys import ROOT
 
 TRAIN = TrainConfig(seq_len=5, batch_size=3, grad_accum_every=2, max_steps=20)
@@ -35,6 +36,14 @@ def test_a_resumed_run_sees_the_sequences_of_an_uninterrupted_one(sampler):
     uninterrupted, resumed = steps_of(sampler, 0, 20), steps_of(sampler, 8, 12)
     assert len(uninterrupted) * 6 > sampler.sequences_per_epoch  # into the second epoch
     np.testing.assert_array_equal(resumed, uninterrupted[8:])
+
+
+@pytest.mark.parametrize("batch_size, grad_accum_every, world_size", [(1, 6, 1), (6, 1, 1), (1, 3, 2), (1, 2, 3)])
+def test_the_sequences_of_a_step_do_not_depend_on_how_it_is_divided(sampler, batch_size, grad_accum_every, world_size):
+    train = replace(TRAIN, batch_size=batch_size, grad_accum_every=grad_accum_every)
+    workers = [Distributed(rank, world_size) for rank in range(world_size)]
+    batches = [BatchIterator(sampler, train, 0, worker).batch(4) for worker in workers]  # (workers, micro-batches, …)
+    np.testing.assert_array_equal(np.swapaxes(batches, 0, 1).reshape(6, -1), steps_of(sampler, 4, 1)[0].reshape(6, -1))
 
 
 def test_no_sequence_occurs_twice_within_an_epoch(sampler):

@@ -1,5 +1,8 @@
+import errno
 import io
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -9,12 +12,14 @@ import pytest
 from mindspore import Tensor
 
 from local_attention.training import callbacks
-from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, Saver, StepController
+from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, Saver, StepController, Stop, make_up
 from local_attention.training.checkpoint import Checkpoints, read
 from local_attention.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.evaluate import EvalSpan, Score
 from local_attention.training.optimizer import build_optimizer
 from local_attention.training.schedule import learning_rate
+from local_attention.training.signals import SignalCheck
 from local_attention.training.state import RunState
 from tests.training.toys import Bigram
 
@@ -55,6 +60,10 @@ def log_level(caplog):
     caplog.set_level("INFO", logger="train")
 
 
+def check_signals(state, save=lambda: None):
+    return SignalCheck(state, SINGLE_PROCESS, save)
+
+
 def steps_of(callback, state, count):
     """Run ``count`` steps with this callback alone."""
     for _ in range(count):
@@ -84,6 +93,7 @@ def one_step(callback, clock, seconds=2.0, outputs=(0.0, 0.0, 0.0)):
     callback.on_train_step_begin(context)
     clock.now += seconds
     callback.on_train_step_end(context)
+    Stop(callback.state, check_signals(callback.state)).on_train_step_end(context)
     return context
 
 
@@ -117,6 +127,7 @@ def test_each_step_gets_the_learning_rate_of_the_schedule(clock):
 def test_the_learning_rate_of_a_run_with_a_time_limit_follows_the_clock(clock):
     callback = controller(RunState(None, 1.0, step=50))
     clock.now += 30
+    callback.state.synchronise(SINGLE_PROCESS)
     one_step(callback, clock)
     assert callback.step_cell.rates == [pytest.approx(0.5 * (0.1 + 0.9 * 0.5))]
 
@@ -149,9 +160,28 @@ def test_a_signal_ends_the_run_after_the_step(clock):
     state = RunState(1000, None)
     callback = controller(state)
     assert not one_step(callback, clock).stopped
-    state.signal = 2
+    state.received_signal = 2
     assert one_step(callback, clock).stopped
     assert state.step == 2
+
+
+def test_a_signal_after_the_step_prevents_the_next_one(clock):
+    state, context = RunState(1000, None), Context()
+    controller(state).on_train_step_begin(context)
+    state.synchronise(SINGLE_PROCESS)
+    state.received_signal = 15  # while a checkpoint is written
+    Stop(state, check_signals(state)).on_train_step_end(context)
+    assert context.stopped and state.signal == 15
+
+
+def test_sigusr1_saves_once_after_the_step_and_the_run_goes_on(clock, caplog):
+    state, saves, context = RunState(1000, None, step=7), Saves(), Context()
+    stop = Stop(state, check_signals(state, saves))
+    state.received_save_request = True
+    for _ in range(3):
+        stop.on_train_step_end(context)
+    assert saves == ["save"] and not context.stopped
+    assert caplog.messages == ["step      7  saved because of SIGUSR1; the run goes on"]
 
 
 # Report
@@ -169,8 +199,11 @@ class Measured:
     bpb = seconds = property(lambda self: float(self.state.step))
 
 
+FLOPS_PER_BYTE = 3e9
+
+
 def report(state, interval=4):
-    return Report(state, Measured(state), Log(), interval)
+    return Report(state, Measured(state), Log(), interval, FLOPS_PER_BYTE)
 
 
 def test_the_first_step_each_interval_and_the_last_step_are_recorded(clock):
@@ -194,11 +227,21 @@ def test_a_record_has_the_means_since_the_previous_one_and_the_newest_norm_and_r
     values = [record[2] for record in callback.run_log.records]
     assert [value["bpb"] for value in values] == [1.0, 3.0, 6.5]  # of the steps 1, 2 to 4, 5 to 8
     assert [value["bytes_per_s"] for value in values] == pytest.approx([60.0, 60 / 3.0, 60 / 6.5])
+    assert [value["gflop_per_s"] for value in values] == pytest.approx([180.0, 60.0, 180 / 6.5])
     assert {(value["grad_norm"], value["lr"]) for value in values} == {(0.5, 0.25)}
     assert all(
         value.keys() >= {"bpb", "lr", "grad_norm", "bytes_per_s", "skipped_steps", "peak_memory_bytes"}
         for value in values
     )
+
+
+def test_the_last_step_of_a_run_that_an_evaluation_ends_is_recorded(clock):
+    state = RunState(100, None, stop_after=2)
+    callback = report(state)
+    steps_of(callback, state, 6)
+    state.evaluations_since_best = 2
+    callback.on_train_end(Context())
+    assert [step for _, step, _ in callback.run_log.records] == [1, 4, 6]
 
 
 def test_lines_say_step_bpb_speed_and_time_left(clock, caplog):
@@ -208,28 +251,95 @@ def test_lines_say_step_bpb_speed_and_time_left(clock, caplog):
     callback.val_bpb = 2.34567
     steps_of(callback, state, 4)
     assert caplog.messages == [
-        "step      1  train 1.000 bpb  60 bytes/s",
-        "step      4  train 3.000 bpb  20 bytes/s  4:48 left",
-        "step      8  train 6.500 bpb  val 2.346 bpb  9 bytes/s  9:58 left",
+        "step      1  train 1.000 bpb  60 bytes/s  180.0 GFLOP/s",
+        "step      4  train 3.000 bpb  20 bytes/s  60.0 GFLOP/s  4:48 left",
+        "step      8  train 6.500 bpb  val 2.346 bpb  9 bytes/s  27.7 GFLOP/s  9:58 left",
     ]
 
 
 class Terminal(io.StringIO):
+    """A terminal, and what is seen of it: the line that the bar has drawn last."""
+
+    is_gone = False
+
+    def write(self, text):
+        if self.is_gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
     def isatty(self):
         return True
 
+    def fileno(self):
+        return 2
+
+    @property
+    def line(self):
+        return [line.strip() for line in re.split("[\r\n]", self.getvalue()) if line.strip()][-1]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes standard error a terminal of this width."""
+
+    def make(columns):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        size = os.terminal_size((columns, columns and 24))
+        monkeypatch.setattr(os, "get_terminal_size", lambda fd: size)
+        return sys.stderr
+
+    return make
+
 
 @pytest.mark.parametrize("max_steps, position", [(100, "step 4/100"), (None, "step 4")])
-def test_a_terminal_gets_a_bar_instead_of_lines(clock, caplog, monkeypatch, max_steps, position):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+def test_a_terminal_gets_a_bar_instead_of_lines(clock, caplog, terminal, max_steps, position):
+    stream = terminal(120)
     state = RunState(max_steps, None if max_steps else 60.0)
     callback = report(state)
     steps_of(callback, state, 4)
     callback.on_train_end(Context())
-    shown = sys.stderr.getvalue()
-    assert position in shown
-    assert "train 3.000 bpb  20 bytes/s" in shown
+    left = "4:48" if max_steps else "1:00:00"
+    assert stream.line.endswith(f"{position}  {left} left  train 3.000 bpb  20 bytes/s  60.0 GFLOP/s")
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("limits, filled", [((100, 1.0), 8), ((100, 8.0), 5), ((None, 1.0), 8), ((100, None), 5)])
+def test_the_bar_shows_the_progress_by_steps_or_by_minutes_whichever_is_larger(clock, terminal, limits, filled):
+    stream = terminal(120)
+    state = RunState(*limits, step=48)
+    callback = report(state)
+    clock.now += 48
+    state.synchronise(SINGLE_PROCESS)
+    steps_of(callback, state, 2)
+    callback.on_train_end(Context())
+    assert stream.line.split(" ")[0].count("#") == filled  # of 10
+
+
+def test_a_narrow_terminal_shows_the_time_left_and_whole_parts(clock, terminal):
+    stream = terminal(60)
+    state = RunState(200_000, None, step=3)
+    callback = report(state)
+    callback.val_bpb = 2.5
+    steps_of(callback, state, 1)
+    callback.on_train_end(Context())
+    assert stream.line == "step 4/200,000  222:13:04 left  train 4.000 bpb"  # and a bar that is still empty
+
+
+def test_a_terminal_of_unknown_size_shows_a_bar(clock, terminal):
+    stream = terminal(0)
+    state = RunState(100, None)
+    steps_of(report(state), state, 1)
+    assert stream.line.endswith(" step 1/100  train 1.000 bpb  60 bytes/s  180.0 GFLOP/s")
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(clock, terminal):
+    stream = terminal(80)
+    state = RunState(100, None)
+    callback = report(state)
+    stream.is_gone = True
+    steps_of(callback, state, 4)
+    callback.on_train_end(Context())
+    assert [step for _, step, _ in callback.run_log.records] == [1, 4]
 
 
 def test_without_a_terminal_there_is_no_bar(clock, capsys):
@@ -250,11 +360,13 @@ def evaluate(state, scores, interval=2):
     scores = iter(scores)
     seen = []
 
-    def evaluator(*span):
+    def evaluator(*span, before_batch):
         seen.append(span)
+        before_batch()
         return Score(next(scores), 5)
 
-    callback = Evaluate(state, interval, SimpleNamespace(val_bpb=None), Log(), evaluator, SPAN, Saves())
+    shown = SimpleNamespace(val_bpb=None)
+    callback = Evaluate(state, interval, check_signals(state), shown, Log(), evaluator, SPAN, Saves())
     callback.seen = seen
     return callback
 
@@ -299,6 +411,116 @@ def test_a_resumed_run_knows_the_best_score():
     assert state.best_val_bpb == 2.0
 
 
+# Early stopping
+
+
+def test_evaluations_without_a_new_best_end_the_run_and_it_says_why(caplog):
+    state = RunState(1000, None, stop_after=2)
+    callback, context = evaluate(state, [3.0, 3.5, 2.5, 2.5, 2.75, 2.0]), Context()
+    stop = Stop(state, check_signals(state))
+    while not context.stopped:
+        steps_of(callback, state, 1)
+        stop.on_train_step_end(context)
+    assert (state.step, state.finished, state.best_val_bpb) == (10, True, 2.5)
+    assert caplog.messages[-1] == (
+        "stopping early: no new best in the last 2 evaluations, which is train.stop_after=2; raise it, or set it to "
+        "null, to continue"
+    )
+
+
+@pytest.mark.parametrize("stop_after, finished", [(2, True), (3, False), (None, False)])
+def test_a_run_that_was_stopped_early_is_finished_until_the_limit_is_raised(stop_after, finished):
+    stopped = RunState(1000, None, stop_after=2)
+    steps_of(evaluate(stopped, [3.0, 3.5, 3.5]), stopped, 6)
+    assert stopped.finished
+    state = RunState(1000, None, stop_after)
+    state.load_state_dict(stopped.state_dict())
+    assert state.finished is finished
+
+
+def test_a_best_checkpoint_counts_no_evaluations():
+    state = RunState(1000, None, stop_after=5)
+    callback = evaluate(state, [3.0, 3.5, 2.5])
+    counted = []
+    callback.save = lambda best: counted.append(state.evaluations_since_best)
+    steps_of(callback, state, 6)
+    assert counted == [0, 0]
+
+
+# Interrupted events
+
+
+def evaluate_or_sample(act, sample, state):
+    return sample(state, interval=2) if act == "sample" else evaluate(state, [3.0] * 9)
+
+
+@pytest.mark.parametrize("act", ["evaluate", "sample"])
+def test_a_signal_interrupts_an_event_which_is_made_up_when_the_run_continues(sample, caplog, act):
+    state = RunState(100, None)
+    callback = evaluate_or_sample(act, sample, state)
+    steps_of(callback, state, 3)
+    state.received_signal = 15
+    steps_of(callback, state, 1)
+    callback.on_train_end(Context())
+    name = {"evaluate": "evaluation"}.get(act, act)
+    assert caplog.messages[-1] == f"step      4  the {name} was interrupted; a continued run begins with it"
+    assert [step for _, step, _ in callback.run_log.records] == [2]
+
+    continued, saves = RunState(100, None), Saves()
+    continued.load_state_dict(state.state_dict())
+    callback = evaluate_or_sample(act, sample, continued)
+    for _ in range(2):
+        make_up([callback], saves)
+    assert [step for _, step, _ in callback.run_log.records] == [4]
+    assert saves == ["save"]
+    steps_of(callback, continued, 2)
+    assert [step for _, step, _ in callback.run_log.records] == [4, 6]
+
+
+@pytest.mark.parametrize("act", ["evaluate", "sample"])
+def test_an_event_does_not_begin_after_a_signal_or_a_failure(sample, act):
+    for ended in ({"signal": 15}, {"failure": "NaN"}):
+        state = RunState(100, None, step=3, **ended)
+        callback = evaluate_or_sample(act, sample, state)
+        steps_of(callback, state, 1)
+        assert not callback.run_log.records
+        assert not state.has_happened(callback.kind)
+
+
+def test_what_an_older_checkpoint_does_not_know_is_not_made_up(sample):
+    state = RunState(100, None)
+    old = {key: value for key, value in RunState(100, None, step=4).state_dict().items() if key != "events"}
+    state.load_state_dict(old)
+    make_up([evaluate(state, [3.0]), sample(state)], Saves())
+    assert state.has_happened("eval") and state.has_happened("sample")
+    assert state.best_val_bpb is None
+
+
+def test_sigusr1_during_an_evaluation_saves_at_once_and_the_evaluation_goes_on():
+    state = RunState(100, None)
+    callback = evaluate(state, [3.0])
+    saved = []
+    callback.check_signals = check_signals(state, lambda: saved.append(len(callback.run_log.records)))
+    state.received_save_request = True
+    steps_of(callback, state, 2)
+    assert saved == [0] and len(callback.run_log.records) == 1
+
+
+def test_a_sample_is_interrupted_before_it_is_complete(sample, monkeypatch):
+    state = RunState(100, None)
+    callback, drawn = sample(state), []
+
+    def tokens(*_, **options):
+        for number in range(200):
+            drawn.append(number)
+            state.received_signal = 15 if number > 40 else None
+            yield np.array([number % 256])
+
+    monkeypatch.setattr(callbacks, "generate_tokens", tokens)
+    steps_of(callback, state, 2)
+    assert state.signal == 15 and len(drawn) <= 40 + 2 * 16
+
+
 @pytest.mark.parametrize("act", [evaluate, "sample"])
 @pytest.mark.parametrize("steps, at_the_end", [(5, True), (4, False)])
 def test_a_finished_run_is_evaluated_and_sampled_once_at_its_end(sample, act, steps, at_the_end):
@@ -336,7 +558,9 @@ def sample(monkeypatch):
     monkeypatch.setattr(callbacks, "generate_tokens", generate_tokens)
 
     def make(state, interval=2):
-        callback = Sample(state, interval, Log(), "model", np.frombuffer(b"a\x00", np.uint8), 4, seed=7)
+        callback = Sample(
+            state, interval, check_signals(state), Log(), "model", np.frombuffer(b"a\x00", np.uint8), 4, seed=7
+        )
         callback.calls = calls
         return callback
 
@@ -402,7 +626,17 @@ def test_a_step_is_saved_once_unless_it_has_become_the_best(saver):
     saver.state.step = 5
     saver()
     assert saver.written == [4, 4, 5]
-    assert [read(saver.checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [4, 5]
+    metas = [read(saver.checkpoints.find(name))[1] for name in ("best", "last")]
+    assert [(meta["step"], meta["best_step"]) for meta in metas] == [(4, 4), (5, 4)]
+
+
+def test_a_step_is_saved_again_once_its_evaluation_is_done(saver):
+    saver.state.step = 4
+    saver()  # because of SIGUSR1 during the evaluation
+    saver.state.events = {"eval": 4}
+    saver()
+    assert saver.written == [4, 4]
+    assert read(saver.checkpoints.find("last"))[1]["events"] == {"eval": 4}
 
 
 def test_a_checkpoint_contains_weights_optimizer_state_and_provenance(saver, clock):

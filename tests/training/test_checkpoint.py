@@ -28,8 +28,8 @@ def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints")
 
 
-def save(checkpoints, step, best=False):
-    return checkpoints.save({"model.w": np.full(3, step, np.float32)}, {"step": step}, best)
+def save(checkpoints, step, best=False, **meta):
+    return checkpoints.save({"model.w": np.full(3, step, np.float32)}, {"step": step, **meta}, best)
 
 
 def steps(checkpoints):
@@ -260,11 +260,76 @@ def test_the_newest_and_the_best_are_kept(tmp_path, keep_last, kept):
     assert files(checkpoints) == named | {"last", "best"}
 
 
-def test_last_is_kept_even_if_others_have_later_steps(tmp_path):
+def test_what_was_just_saved_is_kept_even_if_others_have_later_steps(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     for step in (10, 20, 15):
         save(checkpoints, step)
-    assert read(checkpoints.find("last"))[1]["step"] == 15
+    assert steps(checkpoints) == [15, 20]
+
+
+def remove_links(checkpoints):
+    for name in ("last", "best"):
+        (checkpoints.directory / name).unlink()
+
+
+def test_without_links_best_and_last_are_known_from_the_metadata_and_the_best_is_never_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step in (1, 2, 3):
+        save(checkpoints, step, best=step == 2, best_step=None if step == 1 else 2)
+    remove_links(checkpoints)
+    assert [read(checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [2, 3]
+    save(checkpoints, 4, best_step=2)
+    assert steps(checkpoints) == [2, 4]
+    assert read(checkpoints.find("best"))[1]["step"] == 2
+    save(checkpoints, 5, best=True, best_step=5)
+    assert steps(checkpoints) == [5]
+
+
+def test_links_that_point_elsewhere_do_not_count(checkpoints):
+    for step in (1, 2, 3):
+        save(checkpoints, step, best_step=2)
+    checkpoints.keep_last = 9
+    for step in (2, 3):
+        save(checkpoints, step, best_step=2)
+    for name in ("best", "last"):
+        checkpoints.link(name, checkpoints.path(1))
+    assert [read(checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [2, 3]
+
+
+def test_if_the_newest_is_corrupt_the_best_before_it_counts(checkpoints):
+    checkpoints.keep_last = 9
+    for step, best in ((1, 1), (2, 1), (3, 3)):
+        path = save(checkpoints, step, best=step == best, best_step=best)
+    flip_a_bit(path)
+    assert [read(checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [1, 2]
+
+
+def test_before_the_first_evaluation_the_newest_is_the_best(checkpoints):
+    save(checkpoints, 0, best_step=None), save(checkpoints, 1, best_step=None)
+    assert read(checkpoints.find("best"))[1]["step"] == 1
+
+
+def test_a_file_system_without_links_keeps_checkpoints_all_the_same(checkpoints, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(checkpoint.Path, "symlink_to", refuse)
+    save(checkpoints, 1, best=True, best_step=1), save(checkpoints, 2, best_step=1)
+    assert [read(checkpoints.find(name))[1]["step"] for name in ("best", "last")] == [1, 2]
+
+
+@pytest.mark.parametrize("best_step", [2, None])
+def test_a_checkpoint_is_copied_with_the_best_one_of_its_run(checkpoints, tmp_path, best_step):
+    checkpoints.keep_last = 9
+    for step in (1, 2, 3, 4):
+        save(checkpoints, step, best=step == 2, best_step=best_step)
+    copies = Checkpoints(tmp_path / "other/checkpoints")
+    copies.copy(checkpoints.path(3))
+    assert steps(copies) == ([2, 3] if best_step else [3])
+    for path in copies.complete():
+        for file in (path, sidecar(path)):
+            assert file.read_bytes() == (checkpoints.directory / file.name).read_bytes()
+    assert read(copies.find("last"))[1]["step"] == read(copies.directory / "last")[1]["step"] == 3
 
 
 def test_a_step_can_be_saved_again_as_the_best(checkpoints):

@@ -1,3 +1,5 @@
+import errno
+import io
 import os
 import re
 import sys
@@ -229,6 +231,25 @@ def test_help_fits_a_terminal_and_begins_with_what_the_command_does():
 
 def test_a_command_ends_with_the_status_of_its_task(program):
     assert program(lambda config: 143) == 143
+
+
+def test_a_command_prints_in_any_encoding(program, monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    assert program(lambda config: print("sample: ü\ufffd")) is None
+    assert output.getvalue() == b"sample: ??\n"
+
+
+def test_an_error_on_a_terminal_that_is_gone_keeps_its_status(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def task(config):
+        raise UsageError("expected this")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert run_task(task, None) == (2, "expected this")
 
 
 def test_an_error_within_the_task_keeps_its_status(program, capsys):

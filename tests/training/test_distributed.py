@@ -1,5 +1,6 @@
 """Data parallelism with threads instead of processes; tests/e2e/test_workers.py uses real ones."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,7 @@ from local_attention.training.config import RunConfig, TrainConfig
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed, explain_lost_worker, init_distributed
 from local_attention.training.errors import RunError, UsageError
 from local_attention.training.evaluate import Evaluator
+from local_attention.training.signals import Interrupted, SignalCheck
 from local_attention.training.state import RunState
 from tests.training.toys import examples, tiny_transformer
 
@@ -131,7 +133,8 @@ def test_workers_with_other_settings_or_data_are_refused():
 
 def test_paths_may_differ_between_machines():
     config = RunConfig()
-    assert error_of_rank_1(replace(config, data=replace(config.data, path="elsewhere", dir="there"))) is None
+    elsewhere = dict(path="elsewhere", dir="there", val_path="elsewhere", test_path="elsewhere")
+    assert error_of_rank_1(replace(config, data=replace(config.data, **elsewhere))) is None
 
 
 # What a run uses them for.
@@ -178,6 +181,59 @@ def test_all_processes_use_the_clock_of_the_main_process_and_a_signal_of_any(clo
     run_processes(3, lambda distributed: states[distributed.rank].synchronise(distributed))
     assert [state.progress for state in states] == [0.5] * 3
     assert [state.signal for state in states] == [15] * 3
+
+
+@pytest.mark.parametrize("world_size, receiver", [(2, 0), (2, 1), (3, 2)])
+def test_after_a_signal_to_any_process_all_leave_an_evaluation_at_the_same_batch(clock, world_size, receiver):
+    states = [RunState(100, None) for _ in range(world_size)]
+    model, done = tiny_transformer().set_train(False), [0] * world_size
+
+    def task(distributed):
+        rank = distributed.rank
+        evaluator = Evaluator(model, 16, 2, distributed)
+
+        def score_batch(tokens, batch):
+            done[rank] += 1
+            states[rank].received_signal = 15 if rank == receiver and done[rank] == 2 else None
+            return 1.0, 1
+
+        evaluator.score_batch = score_batch
+        with pytest.raises(Interrupted):
+            evaluator(CORPUS.bytes, 0, 200, before_batch=SignalCheck(states[rank], distributed, lambda: None))
+
+    run_processes(world_size, task)
+    assert done == [2] * world_size
+    assert [state.signal for state in states] == [15] * world_size
+
+
+def test_a_check_before_each_batch_is_made_equally_often_by_all_processes():
+    calls = [0] * 3
+
+    def task(distributed):
+        def count():
+            calls[distributed.rank] += 1
+            distributed.barrier()
+
+        evaluator = Evaluator(model, 16, 2, distributed)
+        evaluator.score_batch = lambda tokens, batch: (1.0, 1)
+        return evaluator(CORPUS.bytes, 0, 16 * 2 * 4, before_batch=count)  # 4 batches for 3 processes
+
+    model = tiny_transformer().set_train(False)
+    assert run_processes(3, task) == [(1 / math.log(2), 4)] * 3
+    assert calls == [2] * 3
+
+
+def test_sigusr1_to_any_process_makes_the_main_process_save(clock):
+    states, saved = [RunState(100, None) for _ in range(2)], []
+    states[1].received_save_request = True
+
+    def task(distributed):
+        check = SignalCheck(states[distributed.rank], distributed, lambda: saved.append(distributed.rank))
+        for _ in range(3):
+            check()
+
+    run_processes(2, task)
+    assert sorted(saved) == [0, 1]  # the main process writes, the others save nothing
 
 
 # Starting, and failures.

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore import Tensor
 
-from local_attention.training.evaluate import Evaluator, windows
-from tests.training.toys import examples, log_softmax, tiny_transformer
+from data import Corpus
+from local_attention.training import evaluate
+from local_attention.training.evaluate import Evaluator, eval_span, windows
+from tests.training.toys import Clock, examples, log_softmax, tiny_transformer
 
 SEQ_LEN = 16
 DATA = np.random.default_rng(0).integers(0, 256, 150, dtype=np.uint8)
@@ -151,6 +153,14 @@ def test_the_first_byte_of_the_data_is_predicted_from_a_newline(fake):
     assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
 
 
+def test_the_first_byte_of_an_own_file_is_predicted_from_a_newline_and_not_from_the_training_split(fake):
+    corpus = Corpus("some", np.full(200, 7, np.uint8), {"val": COUNT[:60]})
+    score = fake(*eval_span(corpus, "val", 40))
+    assert (score.bytes_scored, score.bpb) == (40, pytest.approx(20.5))
+    assert list(fake.inputs[0][0, :5]) == [10, 1, 2, 3, 4]
+    assert eval_span(corpus, "test")[1:] == (190, 200)
+
+
 def test_all_calls_have_one_shape_and_thus_one_graph(fake):
     fake(COUNT, 0, 5)
     fake(COUNT, 3, 150, 7)
@@ -167,6 +177,51 @@ def test_progress_wraps_the_batches(fake):
 
     fake(COUNT, 0, 7 * SEQ_LEN, progress=progress)
     assert seen == [3, 3, 1]
+
+
+def test_an_exception_before_a_batch_ends_the_evaluation(fake):
+    fake.model.training = True
+
+    def before_batch():
+        if len(fake.inputs) == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fake(COUNT, 0, 150, before_batch=before_batch)
+    assert len(fake.inputs) == 2
+    assert fake.model.training
+
+
+@pytest.mark.parametrize("length", [5, 199])
+def test_the_estimate_is_the_time_of_two_batches_without_compilation_for_all_bytes(fake, monkeypatch, length):
+    clock, token_losses = Clock(), fake.token_losses
+
+    def slow(inputs, labels):
+        clock.now += 2 if fake.inputs else 60  # the first call compiles
+        return token_losses(inputs, labels)
+
+    monkeypatch.setattr(evaluate, "time", clock)
+    fake.token_losses = slow
+    data = np.resize(COUNT, length)
+    assert fake.estimate_seconds(data, 0, length) == pytest.approx(2 if length == 5 else 4 * 199 / 96)
+
+
+def test_a_checksum_changes_with_the_weights_and_with_each_byte_that_counts(model):
+    evaluator, data = Evaluator(model, SEQ_LEN, 5), DATA.copy()
+    checksum = evaluator.checksum(data, 10, 20)
+    assert checksum == Evaluator(model, SEQ_LEN, 3).checksum(DATA, 10, 20)
+    others = [evaluator.checksum(data, *span) for span in ((10, 21), (11, 20), (0, 20))]
+    others.append(Evaluator(model, 8, 5).checksum(data, 10, 20))
+    for i in (9, 19):
+        changed = data.copy()
+        changed[i] ^= 1
+        others.append(evaluator.checksum(changed, 10, 20))
+    for i in (8, 20):
+        changed = data.copy()
+        changed[i] ^= 1
+        assert evaluator.checksum(changed, 10, 20) == checksum
+    others.append(Evaluator(tiny_transformer(), SEQ_LEN, 5).checksum(data, 10, 20))
+    assert len({checksum, *others}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("training", [True, False])

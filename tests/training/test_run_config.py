@@ -286,8 +286,30 @@ def test_a_file_needs_its_path(checked, name):
     assert checked(name, data__source="file", data__path="a").data.path == "a"
 
 
-def test_generating_needs_a_run(checked):
-    assert "run=runs/" in message_of(checked, "generate", run=None)
+def test_a_run_begins_with_weights_or_continues(checked):
+    with pytest.raises(UsageError, match=r"init_from=a begins a new run, resume=b continues one: give one of them"):
+        checked("train", init_from="a", resume="b")
+    for resume in ("auto", None):
+        assert checked("train", init_from="a", resume=resume).init_from == "a"
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("train", ["run_dir", "resume", "data.path", "data.dir"]),
+        ("train", ["run_dir", "init_from"]),
+        ("generate", ["run", "checkpoint", "prompt_file"]),
+        ("evaluate", ["run", "checkpoint", "data.path", "data.dir", "data.val_path", "data.test_path"]),
+        ("score", ["run", "checkpoint", "file"]),
+        ("import_torch", ["weights", "run_dir"]),
+        ("export_torch", ["run", "checkpoint", "output"]),
+    ],
+)
+def test_a_tilde_is_the_home_directory(checked, monkeypatch, tmp_path, name, keys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = checked(name, **{key.replace(".", "__"): "~/a.pt" for key in keys})
+    values = flatten(as_dict(config))
+    assert [values[key] for key in keys] == [f"{tmp_path}/a.pt"] * len(keys)
 
 
 def test_generating_takes_one_prompt(checked):
@@ -296,8 +318,8 @@ def test_generating_takes_one_prompt(checked):
     assert checked("generate", prompt_file="b").prompt_file == "b"
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export_torch"])
-def test_evaluating_and_exporting_need_a_run_or_a_checkpoint_file(checked, command):
+@pytest.mark.parametrize("command", ["generate", "evaluate", "score", "export_torch"])
+def test_what_uses_weights_needs_a_run_or_a_checkpoint_file(checked, command):
     for name in ("best", "last"):
         message = message_of(checked, command, run=None, checkpoint=name)
         assert "run=runs/" in message and "checkpoint=FILE" in message
@@ -367,6 +389,7 @@ def test_windows_reach_as_far_as_learned_positions():
         ({"fallback": "stdlib"}, DataConfig("enwik8", "a.txt", "folder", "stdlib", 5000)),
         ({"max_bytes": 7}, DataConfig("enwik8", "a.txt", "folder", None, 7)),
         ({"path": "b.txt"}, DataConfig("file", "b.txt", "folder", None, 5000)),
+        ({"test_path": "t.txt"}, DataConfig("enwik8", "a.txt", "folder", None, 5000, None, "t.txt")),
         ({"source": "stdlib"}, DataConfig("stdlib")),
         ({"source": "file", "path": "b.txt"}, DataConfig("file", "b.txt")),
     ],
@@ -374,6 +397,14 @@ def test_windows_reach_as_far_as_learned_positions():
 )
 def test_a_source_replaces_the_data_of_the_run_and_other_keys_change_it(changes, expected):
     assert trained(meta_of("enwik8", "enwik8"), data=changes).data == expected
+
+
+def test_an_evaluation_has_the_own_files_of_the_run_unless_another_source_is_named():
+    meta = meta_of()
+    meta["config"]["data"] |= {"val_path": "v.txt", "test_path": "t.txt"}
+    assert trained(meta).data == DataConfig("file", "a.txt", "folder", None, 5000, "v.txt", "t.txt")
+    assert trained(meta, data={"val_path": "moved"}).data.val_path == "moved"
+    assert trained(meta, data={"source": "stdlib"}).data == DataConfig("stdlib")
 
 
 def test_a_run_that_fell_back_is_scored_on_what_it_fell_back_to():
@@ -408,6 +439,7 @@ def test_a_part_of_a_config_can_be_rebuilt(checked):
 
 def test_a_text_without_end_is_the_only_sample(checked):
     assert checked("generate", length=0).length == 0
+    assert checked("generate", length=0, num_samples=2, stop="\n").num_samples == 2
     with pytest.raises(UsageError, match="length=0 never ends: expected num_samples=1 with it, got 2"):
         checked("generate", length=0, num_samples=2)
 
@@ -415,5 +447,5 @@ def test_a_text_without_end_is_the_only_sample(checked):
 def test_keys_are_dotted_and_complete():
     assert set(keys_of(GenerateConfig)) == {
         *("run", "checkpoint", "prompt", "prompt_file", "length", "temperature", "top_k", "top_p", "num_samples"),
-        *("seed", "device.target"),
+        *("stop", "seed", "device.target"),
     }

@@ -1,10 +1,20 @@
+import errno
+import html
 import io
 import json
 import logging
+import re
 import sys
+import warnings
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import backend_context
 
 from local_attention.training import run_log
 from local_attention.training.run_log import RunLog
@@ -20,8 +30,10 @@ def opened(tmp_path):
     """Opens logs in the test's directory, and closes them at its end."""
     logs = []
 
-    def open_log(*arguments):
-        logs.append(RunLog(tmp_path, *arguments))
+    def open_log(step=0, config=None, **events):
+        state = state_at(step)
+        state.events = {"eval": step, "sample": step} | events
+        logs.append(RunLog(tmp_path, state, config))
         return logs[-1]
 
     yield open_log
@@ -41,10 +53,25 @@ def steps(tmp_path):
     return [record["step"] for record in records(tmp_path)]
 
 
-def events(tmp_path, log):
-    """What TensorBoard finds after ``log`` is closed."""
+def events(tmp_path, log, run="."):
+    """What TensorBoard finds in one of its runs after ``log`` is closed."""
     log.close()
-    return EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "tensors": 0}).Reload()
+    return EventAccumulator(str(tmp_path / "tensorboard" / run), {"scalars": 0, "tensors": 0}).Reload()
+
+
+def scalars(tmp_path, log, run):
+    """The points of each curve of one of TensorBoard's runs, by tag."""
+    found = events(tmp_path, log, run)
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def shown(point):
+    """What TensorBoard makes of a text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what it imports
+        from tensorboard.plugins.text.text_plugin import text_array_to_html
+    (text,) = point.tensor_proto.string_val
+    return html.unescape(text_array_to_html(np.array([text], object), enable_markdown=True))
 
 
 # metrics.jsonl
@@ -63,7 +90,7 @@ def test_a_number_that_is_not_finite_is_null_and_no_point(opened, tmp_path, capf
     log = opened()
     log.record("eval", state_at(1), split="val", bpb=float("nan"), bytes_scored=3)
     assert records(tmp_path)[0]["bpb"] is None
-    assert "val/bpb" not in events(tmp_path, log).Tags()["scalars"]
+    assert not (tmp_path / "tensorboard/val").exists()
     assert capfd.readouterr().err == ""
 
 
@@ -76,7 +103,7 @@ def test_a_line_is_there_as_soon_as_it_is_recorded(opened, tmp_path):
 
 @pytest.mark.parametrize("text", ["a\nb", "a\u2028b\u2029c", "\x00\x1b[31m\x85\x0b\x0c", "\r\n", '"\\', "Grüße 🎈"])
 def test_any_text_is_one_line(opened, tmp_path, text):
-    opened().record("sample", state_at(1), text=text)
+    opened().record("sample", state_at(1), text=text, prompt=text)
     assert len(lines(tmp_path)) == 1
     assert records(tmp_path)[0]["text"] == text
 
@@ -101,7 +128,28 @@ def test_a_new_run_drops_all_lines(opened, tmp_path):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.parametrize("torn", ['{"kind": "train", "st', "{", '{"kind": "train"}', "\x00\x00"])
+def test_records_of_an_interrupted_event_of_the_resumed_step_are_dropped_and_final_scores_are_kept(opened, tmp_path):
+    log = opened()
+    for step in (1, 2):
+        log.record("train", state_at(step), bpb=3.0)
+        log.record("sample", state_at(step), text="a", prompt="b")
+        log.record("eval", state_at(step), split="val", bpb=2.5, bytes_scored=9)
+    log.record("eval", state_at(2), split="val", bpb=2.25, bytes_scored=99, whole_split=True, checksum="c0ffee")
+    opened(2, eval=1)
+    kept = [(record["kind"], record["step"]) for record in records(tmp_path)]
+    assert kept == [("train", 1), ("sample", 1), ("eval", 1), ("train", 2), ("sample", 2), ("eval", 2)]
+    assert records(tmp_path)[-1]["whole_split"]
+
+
+def test_final_scores_are_known_by_their_checksum_also_after_a_restart(opened):
+    log = opened()
+    log.record("eval", state_at(2), split="val", bpb=2.5, bytes_scored=9)
+    for checksum, bpb in (("a", 2.25), ("b", float("nan"))):
+        log.record("eval", state_at(2), split="val", bpb=bpb, bytes_scored=99, whole_split=False, checksum=checksum)
+    assert log.final_scores == opened(2).final_scores == {"a": (2.25, 99)}
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "train", "st', "{", '{"kind": "train"}', "\x00\x00", "5", '{"step": 1}'])
 def test_a_torn_last_line_is_dropped(opened, tmp_path, torn):
     opened().record("train", state_at(1), bpb=3.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -113,54 +161,90 @@ def test_a_torn_last_line_is_dropped(opened, tmp_path, torn):
 # TensorBoard
 
 
-def test_tensorboard_has_a_curve_for_each_number_under_its_kind_or_split(opened, tmp_path):
+def test_tensorboard_shows_training_and_validation_in_one_chart_and_nothing_that_is_no_curve(opened, tmp_path):
     log = opened()
     for step in (1, 2):
         log.record("train", state_at(step), bpb=3.0 / step, lr=1e-3)
     log.record("eval", state_at(2), split="val", bpb=2.5, bytes_scored=100)
-    log.record("eval", state_at(2), split="test", bpb=2.25)
-    found = events(tmp_path, log)
-    curves = {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-    assert curves["train/bpb"] == [(1, 3.0), (2, 1.5)]
-    assert curves["train/lr"] == [(1, pytest.approx(1e-3)), (2, pytest.approx(1e-3))]
-    assert curves["val/bpb"] == [(2, 2.5)]
-    assert curves["val/bytes_scored"] == [(2, 100)]
-    assert curves["test/bpb"] == [(2, 2.25)]
+    for split, bpb in (("val", 2.75), ("test", 2.25)):
+        log.record("eval", state_at(2), split=split, bpb=bpb, bytes_scored=999, whole_split=True, checksum=split)
+    log.log_hparams(2)
+    rate = pytest.approx(1e-3)
+    assert scalars(tmp_path, log, "train") == {"bpb": [(1, 3.0), (2, 1.5)], "train/lr": [(1, rate), (2, rate)]}
+    assert scalars(tmp_path, log, "val") == {"bpb": [(2, 2.5)]}
+    assert scalars(tmp_path, log, "final/val") == {"bpb": [(2, 2.75)]}
+    assert scalars(tmp_path, log, "final/test") == {"bpb": [(2, 2.25)]}
+    assert scalars(tmp_path, log, ".") == scalars(tmp_path, log, "final") == {}
 
 
-def test_tensorboard_has_the_sampled_texts(opened, tmp_path):
+def test_tensorboard_shows_samples_with_their_prompts_line_by_line_and_wraps_long_lines(opened, tmp_path):
     log = opened()
-    log.record("sample", state_at(2), text="Hello\nworld", prompt="Say")
+    text = "a  b\n\n```\n  <i>*c*\n" + "word " * 40
+    log.record("sample", state_at(2), text=text, prompt="# Say\n1. x")
     (point,) = events(tmp_path, log).Tensors("sample/text_summary")
     assert point.step == 2
-    assert b"Hello\nworld" in point.tensor_proto.string_val[0]
+    prompt, sample = re.findall("<pre><code>(.*?)</code></pre>", shown(point), re.DOTALL)
+    assert prompt.splitlines() == ["# Say", "1. x"]
+    assert sample.splitlines()[:4] == ["a  b", "", "```", "  <i>*c*"]
+    wrapped = sample.splitlines()[4:]
+    assert len(wrapped) == 3 and max(map(len, wrapped)) <= 80
+    assert "".join(wrapped) == ("word " * 40).rstrip()
 
 
 def test_tensorboard_of_a_resumed_run_has_exactly_the_points_of_its_metrics(opened, tmp_path):
     log = opened()
     for step in (1, 2, 3):
         log.record("train", state_at(step), bpb=3.0)
+    log.record("eval", state_at(3), split="val", bpb=3.0)
     log.record("sample", state_at(2), text="Hello", prompt="Say")
-    (file,) = (tmp_path / "tensorboard").iterdir()
+    (file,) = (tmp_path / "tensorboard/train").iterdir()
     file.write_bytes(file.read_bytes()[:60])  # as if the process was killed while writing
     log = opened(2)
     log.record("train", state_at(3), bpb=2.0)
-    found = events(tmp_path, log)
-    assert [(point.step, point.value) for point in found.Scalars("train/bpb")] == [(1, 3.0), (2, 3.0), (3, 2.0)]
-    assert len(found.Tensors("sample/text_summary")) == 1
-    times = [point.wall_time for point in found.Scalars("train/bpb")]
+    found = events(tmp_path, log, "train")
+    assert [(point.step, point.value) for point in found.Scalars("bpb")] == [(1, 3.0), (2, 3.0), (3, 2.0)]
+    times = [point.wall_time for point in found.Scalars("bpb")]
     assert times == sorted(times)
+    assert len(events(tmp_path, log).Tensors("sample/text_summary")) == 1
+    assert scalars(tmp_path, log, "val") == {}
+    assert len(list((tmp_path / "tensorboard/val").iterdir())) == 1  # which tells a running TensorBoard
 
 
-def test_tensorboard_has_the_config_and_hparams(opened, tmp_path):
-    log = opened(0, {"optimizer": {"lr": 0.25}, "seed": 7, "resume": None})
-    log.log_hparams({"test_bpb": 1.75}, 12)
-    found = events(tmp_path, log)
-    (config,) = found.Tensors("config/text_summary")
-    assert b"lr: 0.25" in config.tensor_proto.string_val[0]
-    assert [(point.step, point.value) for point in found.Scalars("hparams/test_bpb")] == [(12, 1.75)]
-    settings = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"optimizer.lr" in settings and b"seed" in settings
+def test_tensorboard_has_the_config(opened, tmp_path):
+    log = opened(0, {"optimizer": {"lr": 0.25}, "seed": 7})
+    (config,) = events(tmp_path, log).Tensors("config/text_summary")
+    assert "optimizer:\n  lr: 0.25\nseed: 7" in shown(config)
+
+
+def test_hparams_shows_the_settings_that_differ_first_and_the_final_scores(tmp_path):
+    for name, lr, limit in (("a", 1e-3, None), ("b", 2e-3, 5.0)):
+        config = {
+            "data": {"path": name},
+            "device": {"target": name},
+            "model": {"dim": 8, "shared_qk": True},
+            "optimizer": {"lr": lr},
+            "train": {"max_minutes": limit},
+            "seed": 7,
+        }
+        (tmp_path / name).mkdir()
+        log = RunLog(tmp_path / name, state_at(0), config)
+        log.record("train", state_at(2), bpb=3.0, lr=lr)
+        for split in ("val", "test"):
+            log.record("eval", state_at(2), split=split, bpb=2.5, bytes_scored=9, whole_split=True, checksum=split)
+        log.log_hparams(2)
+        log.close()
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    context = backend_context.Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(tmp_path))))
+    experiment = context.experiment_from_metadata(
+        RequestContext(), "", True, context.hparams_metadata(RequestContext(), ""), []
+    )
+    names = [(info.name, info.differs) for info in experiment.hparam_infos]
+    assert names == [
+        *(("optimizer.lr", True), ("train.max_minutes", True)),
+        *(("model.dim", False), ("model.shared_qk", False), ("seed", False)),
+    ]
+    metrics = [(info.name.group, info.name.tag) for info in experiment.metric_infos]
+    assert metrics == [("test", "bpb"), ("val", "bpb")]
 
 
 # The terminal and train.log
@@ -209,15 +293,37 @@ def test_a_resumed_run_appends_to_train_log(program_logging, tmp_path):
 
 
 class Closed(io.StringIO):
-    """A pipe whose reader has closed it."""
+    """Standard output that cannot be written to."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
     def write(self, text):
-        raise BrokenPipeError
+        raise self.error
 
 
-def test_a_closed_pipe_does_not_end_a_run(program_logging, tmp_path, monkeypatch):
+OUTPUT_ERRORS = {
+    "a pipe that was closed": BrokenPipeError(),
+    "a terminal that was closed": OSError(errno.EIO, "Input/output error"),
+    "a full disk": OSError(errno.ENOSPC, "No space left on device"),
+    "a stream that was closed": ValueError("I/O operation on closed file"),
+    "a signal within another message": RuntimeError("reentrant call inside <_io.BufferedWriter>"),
+    "an encoding": UnicodeEncodeError("latin-1", "\ufffd", 0, 1, "ordinal not in range(256)"),
+}
+
+
+@pytest.mark.parametrize("error", OUTPUT_ERRORS.values(), ids=OUTPUT_ERRORS)
+def test_output_never_ends_a_run(program_logging, tmp_path, monkeypatch, error):
     run_log.log_to_file(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", Closed())
+        patch.setattr(sys, "stdout", Closed(error))
         program_logging["train"].info("unread")
     assert "unread" in (tmp_path / "train.log").read_text()
+
+
+def test_train_log_takes_names_that_are_not_utf8(program_logging, tmp_path, capsys):
+    run_log.log_to_file(tmp_path)
+    program_logging["train"].info("runs/\udcff")
+    assert "INFO runs/?" in (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert capsys.readouterr().err == ""

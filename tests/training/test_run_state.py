@@ -61,6 +61,7 @@ def test_wall_s_counts_earlier_sessions_too(clock):
 
 def test_a_saved_state_is_restored_and_its_clock_continues(clock):
     state = RunState(10, None, step=3, bytes_seen=300, train_s=4.5, earlier_s=50.0, best_val_bpb=2.5, signal=15)
+    state.best_step, state.init_from = 2, {"step": 9}
     clock.now += 7
     meta = json.loads(json.dumps(state.state_dict()))
     clock.now += 1000  # time between two sessions
@@ -69,6 +70,7 @@ def test_a_saved_state_is_restored_and_its_clock_continues(clock):
     other.load_state_dict(meta)
     assert (other.step, other.bytes_seen, other.train_s, other.best_val_bpb) == (3, 300, 4.5, 2.5)
     assert other.wall_s == 58
+    assert other.best_step == 2 and other.init_from == {"step": 9}
     assert other.max_steps == 20  # the limit is that of the new session
     assert other.signal is None
 
@@ -77,3 +79,15 @@ def test_the_first_checkpoint_has_no_best_score(clock):
     other = RunState(20, None)
     other.load_state_dict(RunState(10, None).state_dict())
     assert other.best_val_bpb is None
+
+
+def test_an_early_stop_and_what_is_done_at_a_step_are_saved(clock):
+    state = RunState(10, None, 2, step=4, evaluations_since_best=2, events={"eval": 4, "sample": 2})
+    other = RunState(10, None, 3)
+    other.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert (state.finished, other.finished, other.evaluations_since_best) == (True, False, 2)
+    assert (other.has_happened("eval"), other.has_happened("sample")) == (True, False)
+
+
+def test_an_evaluation_without_a_limit_never_finishes_a_run(clock):
+    assert not RunState(10, None, evaluations_since_best=99).finished

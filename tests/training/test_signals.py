@@ -2,11 +2,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from local_attention.training.signals import SIGNALS, StopOnSignal
+from local_attention.training.distributed import SINGLE_PROCESS
+from local_attention.training.signals import SIGNALS, Interrupted, SignalCheck, StopOnSignal
+from local_attention.training.state import RunState
 from tests.training.toys import ROOT
 
 PROGRAM = """
@@ -15,7 +18,7 @@ from types import SimpleNamespace
 from local_attention.training.signals import StopOnSignal, deliver_to_python
 
 deliver_to_python()
-state = SimpleNamespace(received_signal=None)
+state = SimpleNamespace(received_signal=None, received_save_request=False)
 try:
     {wait}
 except KeyboardInterrupt:
@@ -44,7 +47,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_stored_and_does_not_interrupt(handlers, caplog, number):
     caplog.set_level("INFO", logger="train")
     state = SimpleNamespace(received_signal=None)
@@ -52,7 +55,34 @@ def test_a_signal_is_stored_and_does_not_interrupt(handlers, caplog, number):
         assert state.received_signal is None
         os.kill(os.getpid(), number)
         assert state.received_signal == number
+    assert f"{number.name}: saving and stopping after the step or batch at hand" in caplog.text
     assert "press Ctrl-C again to stop at once" in caplog.text
+
+
+def test_sigusr1_asks_for_a_checkpoint_and_does_not_stop(handlers):
+    state = RunState(10, None, step=3)
+    saved = []
+    check = SignalCheck(state, SINGLE_PROCESS, lambda: saved.append(state.step))
+    with StopOnSignal(state):
+        check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        check()
+        check()
+    assert saved == [3] and state.signal is None
+
+
+def test_a_check_ends_what_calls_it_after_a_signal(handlers):
+    state = RunState(10, None)
+    with StopOnSignal(state), pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGHUP)
+        SignalCheck(state, SINGLE_PROCESS, lambda: None)()
+    assert state.signal == signal.SIGHUP
+
+
+def test_an_ignored_sighup_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopOnSignal(SimpleNamespace(received_signal=None)):
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_the_handlers_are_restored(handlers):
@@ -72,9 +102,9 @@ def program():
     """Starts a program that delivers signals to Python, and waits until it is ready."""
     running = []
 
-    def start(wait):
-        source = PROGRAM.format(wait=wait)
-        running.append(subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    def start(wait, prefix=()):
+        command = [*prefix, sys.executable, "-c", PROGRAM.format(wait=wait)]
+        running.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert running[-1].stdout.readline() == "ready\n"
         return running[-1]
 
@@ -91,10 +121,38 @@ def test_ctrl_c_is_a_keyboard_interrupt(program):
     assert process.communicate(timeout=60)[0] == "KeyboardInterrupt\ncleaned up\n"
 
 
-def test_sigterm_ends_a_program_with_143_after_cleaning_up(program):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_end_a_program_after_cleaning_up(program, number):
     process = program(UNHANDLED)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)  # there is nothing to save
+    process.send_signal(number)
     assert process.communicate(timeout=60)[0] == "cleaned up\n"
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("wait", [UNHANDLED, HANDLED])
+def test_under_nohup_sighup_changes_nothing(program, wait):
+    process = program(wait, ["nohup"])
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    if wait == HANDLED:
+        assert process.stdout.readline() == "stopping for 15\n"
+        process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
+def test_a_closed_terminal_may_send_sighup_twice_and_systemd_after_sigterm(program):
+    process = program(HANDLED)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "stopping for 1\n"
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.05)
+    assert process.poll() is None
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     assert process.returncode == 143
 
 

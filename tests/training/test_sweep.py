@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
+from local_attention.training import sweep as module
 from local_attention.training.config import RunConfig, ScoreConfig
 from local_attention.training.errors import RunError
 from local_attention.training.schema import keys_of
-from local_attention.training.sweep import combinations, new_folder
+from local_attention.training.sweep import combinations
 
 KEYS = keys_of(RunConfig)
 
@@ -199,10 +200,11 @@ def test_the_directory_lies_in_that_of_the_experiment(sweep, experiment, parent)
     assert {str(Path(run_dir).parents[1]) for run_dir in run_dirs(configs)} == {parent}
 
 
-def test_two_sweeps_that_begin_in_the_same_second_have_two_directories(tmp_path):
-    folders = [new_folder(tmp_path / "runs/a") for _ in range(3)]
-    assert folders == [tmp_path / "runs/a", tmp_path / "runs/a-2", tmp_path / "runs/a-3"]
-    assert all(folder.is_dir() for folder in folders)
+def test_two_sweeps_that_begin_in_the_same_second_have_two_directories(sweep, monkeypatch):
+    monkeypatch.setattr(module.time, "strftime", lambda form: "now")
+    assert run_dirs(sweep("seed=1,2")[1]) == ["runs/default/now/seed=1", "runs/default/now/seed=2"]
+    Path("runs/default/now/seed=1").mkdir(parents=True)  # a sweep that has written nothing leaves no directory
+    assert run_dirs(sweep("seed=1,2")[1]) == ["runs/default/now-2/seed=1", "runs/default/now-2/seed=2"]
 
 
 def test_a_run_dir_that_is_given_gets_a_subfolder_for_each_run(sweep, tmp_path):

@@ -1,11 +1,22 @@
+import importlib
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_attention.training.terminal import ByteOutput, as_text, format_duration, printable
-from tests.training.toys import examples
+from local_attention.training.terminal import (
+    ByteOutput,
+    accept_any_output,
+    as_text,
+    format_duration,
+    join_what_fits,
+    printable,
+)
+from tests.training.toys import ROOT, examples
 
 
 class Stream(io.TextIOWrapper):
@@ -65,6 +76,67 @@ def test_invalid_utf8_is_replaced():
 )
 def test_duration(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "columns, text", [(3, "abcd"), (8, "abcd"), (9, "abcd  efg"), (13, "abcd  efg"), (14, "abcd  efg  hij")]
+)
+def test_parts_that_do_not_fit_are_left_out(columns, text):
+    assert join_what_fits(["abcd", "efg", "hij"], columns) == text
+
+
+# Output never ends a program
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Makes standard output one with another encoding; returns what it gets."""
+
+    def make(encoding):
+        output = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding=encoding, write_through=True))
+        return output
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("latin-1", b"\xfc?\n"), ("ascii", b"??\n"), ("utf-8", b"\xc3\xbc\xef\xbf\xbd\n")]
+)
+def test_what_an_encoding_lacks_is_replaced(encoded, encoding, shown):
+    output = encoded(encoding)
+    accept_any_output()
+    print("ü\ufffd")
+    assert output.getvalue() == shown
+
+
+@pytest.mark.parametrize("script", ["compare", "plot_curves"])
+def test_scripts_print_their_help_in_any_encoding(encoded, monkeypatch, script):
+    output = encoded("ascii")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"scripts.{script}").main()
+    assert end.value.code == 0
+    assert "…".encode("ascii", "replace") in output.getvalue()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_without_a_stream_its_output_is_discarded(monkeypatch, stream):
+    monkeypatch.setattr(sys, stream, None)
+    accept_any_output()
+    with getattr(sys, stream) as opened:
+        print("unread", file=opened)
+
+
+def test_a_reader_that_is_gone_does_not_change_the_status():
+    source = "import sys; from local_attention.training.terminal import discard_unwritten_output as discard; "
+    source += "sys.stdin.readline(); print('unread'); discard(); sys.exit(3)"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, env=buffered, **pipes) as process:
+        process.stdout.close()
+        _, err = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, err) == (3, b"")
 
 
 def test_a_pipe_gets_each_byte_immediately():

@@ -8,18 +8,20 @@ from functools import partial
 import numpy as np
 import pytest
 
-from local_attention import LocalAttention, LocalMHA
+from local_attention import LocalAttention, LocalMHA, kernels
 from local_attention.backends import choose_backend, options_in_use
 from local_attention.backends.blocked import BlockedAttention
 from local_attention.backends.cached import CachedMHA
 from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.fused import FusedAttention
+from local_attention.backends.fused_layers import FusedFeedForward
 from local_attention.decoding import DecodingSession
 from local_attention.layers import FeedForward
 from local_attention.local_attention import SEQUENCE_BACKENDS
 from local_attention.options import LocalAttentionOptions, LocalMHAOptions
 from tests.local_attention import reference
 from tests.local_attention.backends.decode import decode
-from tests.local_attention.cells import randomise, run, tensor
+from tests.local_attention.cells import needs_fused, randomise, run, tensor
 from tests.local_attention.golden import attention_definition
 from tests.local_attention.models import needs_kernels, sequences, transformer
 
@@ -73,6 +75,7 @@ WITHOUT_EFFECT_ON_DECODING = {"look_forward": "0 is what causal attention has an
 
 # By name: the backend, the options of the cells that it is for, and how it computes ``x``.
 BACKENDS = {
+    "fused": (FusedAttention, LocalAttentionOptions, None),
     "blocked": (BlockedAttention, LocalAttentionOptions, None),
     "cached, decoding": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA)),
     "cached, prefill": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA, count=4)),
@@ -80,6 +83,7 @@ BACKENDS = {
 }
 CELLS = {LocalAttentionOptions: LocalAttention, LocalMHAOptions: LocalMHA}
 PORTABLE = {LocalAttentionOptions: BlockedAttention, LocalMHAOptions: CachedMHA}
+IN_CPP = {"fused": needs_fused, "cached_cpu": needs_kernels}
 LENGTH = 8
 
 
@@ -90,7 +94,7 @@ def name_of(value):
 def law(of_backends):
     """Every option of the cells of each of these backends."""
     cases = [
-        pytest.param(backend, field.name, marks=needs_kernels if backend == "cached_cpu" else ())
+        pytest.param(backend, field.name, marks=IN_CPP.get(backend, ()))
         for backend in of_backends
         for field in fields(BACKENDS[backend][1])
     ]
@@ -132,8 +136,10 @@ def arrays(schema, options, rng):
 
 
 @law(BACKENDS)
-def test_a_backend_computes_every_option_that_it_declares(backend, name, rng):
+def test_a_backend_computes_every_option_that_it_declares(backend, name, monkeypatch, rng):
     kind, schema, compute = BACKENDS[backend]
+    if backend not in IN_CPP:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     used, _ = example(schema, name)
     cell = CELLS[schema](**used).set_train(False)
     p, inputs = randomise(cell), arrays(schema, used, rng)
@@ -207,7 +213,7 @@ def test_an_option_that_no_backend_computes_is_refused_by_name():
         DecodingSession(model_with_sinks(3)).feed(sequences(1, 2))
     cell = LocalAttention(3)
     cell.options = AttentionWithSinks(**vars(cell.options), sinks=2)
-    with pytest.raises(ValueError, match="LocalAttention: none of BlockedAttention computes sinks"):
+    with pytest.raises(ValueError, match="LocalAttention: none of FusedAttention, BlockedAttention computes sinks"):
         choose_backend(SEQUENCE_BACKENDS, cell)
 
 
@@ -216,7 +222,7 @@ def test_a_new_option_without_an_example_fails_the_law_with_a_message(monkeypatc
     monkeypatch.setitem(EXAMPLES, WithSinks, EXAMPLES[LocalMHAOptions])
     monkeypatch.setitem(BACKENDS, "cached, decoding", (CachedMHA, WithSinks, partial(decode, CachedMHA)))
     with pytest.raises(pytest.fail.Exception, match=r"WithSinks has a new option, sinks\. Add it to `computes`"):
-        test_a_backend_computes_every_option_that_it_declares("cached, decoding", "sinks", rng)
+        test_a_backend_computes_every_option_that_it_declares("cached, decoding", "sinks", monkeypatch, rng)
 
 
 @needs_kernels
@@ -236,6 +242,15 @@ def test_the_kernels_are_not_chosen_for_an_option_that_they_stop_declaring(name,
     assert choose_backend(backends, mha) is CachedMHAOperator
     monkeypatch.setattr(CachedMHAOperator, "computes", CachedMHAOperator.computes - {name})
     assert choose_backend(backends, mha) is CachedMHA
+
+
+@needs_fused
+@pytest.mark.parametrize("name", sorted(FusedAttention.computes))
+def test_fused_attention_is_not_chosen_for_an_option_that_it_stops_declaring(name, monkeypatch):
+    options = BASE[LocalAttentionOptions] | EXAMPLES[LocalAttentionOptions][name]
+    assert isinstance(LocalAttention(**options).attend, FusedAttention)
+    monkeypatch.setattr(FusedAttention, "computes", FusedAttention.computes - {name})
+    assert isinstance(LocalAttention(**options).attend, BlockedAttention)
 
 
 @needs_kernels
@@ -310,17 +325,37 @@ def test_options_are_in_use_unless_they_have_their_default_values():
     assert options_in_use(Required(size=1, on=True, other=3)) == {"size", "on", "other"}
 
 
-# The feed-forward, whose operator goes with that of the attention
+# The feed-forward, whose operators are chosen like those of attention
 
 FEED_FORWARDS = {"dim": dict(dim=5), "mult": dict(mult=3), "dropout": dict(dropout=0.5)}
+every_option_of_the_feed_forward = pytest.mark.parametrize("name", list(inspect.signature(FeedForward).parameters))
+
+
+def feed_forward(name):
+    """A FeedForward with a value for an option other than the default, and its parameters."""
+    cell = FeedForward(**dict(dim=6, mult=2) | FEED_FORWARDS[name]).set_train(False)
+    return cell, randomise(cell)
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", list(inspect.signature(FeedForward).parameters))
+@every_option_of_the_feed_forward
 def test_the_operator_of_the_feed_forward_computes_all_its_options(name, rng):
     assert name in FeedForwardOperator.computes, f"FeedForward has a new option, {name}, that kernels.cpp does not know"
-    cell = FeedForward(**dict(dim=6, mult=2) | FEED_FORWARDS[name]).set_train(False)
-    p, x = randomise(cell), rng.standard_normal((3, 1, cell.to_out.weight.shape[0]))
+    cell, p = feed_forward(name)
+    x = rng.standard_normal((3, 1, cell.to_out.weight.shape[0]))
     np.testing.assert_allclose(
         FeedForwardOperator(cell)(tensor(x)).asnumpy()[:, 0], reference.feed_forward(x[:, 0], p), atol=1e-5
     )
+
+
+@needs_fused
+@every_option_of_the_feed_forward
+def test_the_fused_feed_forward_computes_the_options_that_it_declares_and_is_not_chosen_for_others(
+    name, monkeypatch, rng
+):
+    cell, p = feed_forward(name)
+    assert (cell.fused is not None) == (name in FusedFeedForward.computes)
+    x = rng.standard_normal((3, cell.to_out.weight.shape[0]))
+    np.testing.assert_allclose(run(cell, x), reference.feed_forward(x, p), atol=1e-5)
+    monkeypatch.setattr(FusedFeedForward, "computes", FusedFeedForward.computes - {name})
+    assert feed_forward(name)[0].fused is None

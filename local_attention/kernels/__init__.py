@@ -1,4 +1,4 @@
-"""The operators in C++ for CPUs, kernels.cpp.
+"""The operators in C++ for CPUs; README.md beside this file says what they compute.
 
 They are optional: pip builds them where it finds a compiler. Without them, on other devices, and on systems other than
 Linux, where MindSpore takes no operators in C++, MindSpore's own operators compute the same.
@@ -6,6 +6,7 @@ Linux, where MindSpore takes no operators in C++, MindSpore's own operators comp
 
 import ctypes
 import platform
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -15,7 +16,7 @@ from mindspore import nn, ops
 
 @cache
 def library() -> str | None:
-    """Path of the library that pip built of kernels.cpp; None if there is none, or one for another machine."""
+    """Path of the library that pip built; None if there is none, or one for another machine."""
     spec = find_spec("local_attention._kernels")
     if spec is None or spec.origin is None:
         return None
@@ -26,6 +27,12 @@ def library() -> str | None:
     return spec.origin
 
 
+@cache
+def has_gemm() -> bool:
+    """Whether the library finds the matrix products of the oneDNN that MindSpore brings."""
+    return bool(ctypes.CDLL(library()).has_gemm())
+
+
 def kernels_run(cell: nn.Cell) -> bool:
     """Whether the operators are there, for the device in use and for the parameters of ``cell``."""
     in_float32 = all(parameter.dtype == ms.float32 for parameter in cell.get_parameters())
@@ -33,6 +40,12 @@ def kernels_run(cell: nn.Cell) -> bool:
     return library() is not None and in_float32 and on_cpu
 
 
-def operator(name: str) -> ops.Custom:
-    """An operator whose output has the shape of its first input."""
-    return ops.Custom(f"{library()}:{name}", lambda x, *_: x, ms.float32, func_type="aot")
+def training_kernels_run(cell: nn.Cell) -> bool:
+    """Whether those for whole sequences run, too, which multiply matrices by oneDNN."""
+    return kernels_run(cell) and has_gemm()
+
+
+def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+    """An operator whose ``outputs`` have the ``shapes`` that a function gives for those of its inputs."""
+    dtypes = ms.float32 if outputs == 1 else (ms.float32,) * outputs
+    return ops.Custom(f"{library()}:{name}", shapes, dtypes, func_type="aot")

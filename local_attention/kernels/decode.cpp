@@ -1,5 +1,5 @@
 // Attention to the KV cache and feed-forward of one decoded token, each as one operator of MindSpore on a CPU; see
-// kernels.py.
+// backends/cached_cpu.py.
 //
 // A token needs every weight once, so it takes at least as long as reading the weights from memory. With MindSpore's own
 // operators, 25 per layer at about 10 µs each, it takes twice as long.
@@ -7,116 +7,23 @@
 // Numbers are float32 unless stated otherwise, tensors are contiguous. The threads divide the rows of weights and the
 // heads among them. Each sum is computed by one thread, so results do not depend on the number of threads.
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <mutex>
-#include <thread>
+
+#include "operator.h"
+#include "thread_pool.h"
+#include "vector.h"
 
 namespace {
 
-// Functions that do most of the work are compiled for several kinds of processors; the loader picks the best.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
-#define INLINE __attribute__((always_inline)) inline  // into those functions, to be compiled like them
+using namespace kernels;
 
 constexpr int64_t kCacheLine = 64;  // bytes
 constexpr int64_t kBlock = 32;      // rows of weights per task
 constexpr int64_t kAhead = 2048;    // prefetch distance, in numbers
 
 int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
-
-// Threads that run the independent tasks of a loop. Each thread takes the next task when it is free. Idle threads yield
-// at once and soon sleep, because MindSpore's own threads need the cores, too: with OpenMP, whose threads keep a core busy
-// while they wait, every fourth token took twice the time.
-class ThreadPool {
- public:
-  static ThreadPool &instance() {
-    static ThreadPool *pool = new ThreadPool;  // never deleted: its threads run as long as the process
-    return *pool;
-  }
-
-  // Call task(0), …, task(count - 1), with count < 2²⁰, and return when all have returned.
-  template <typename Task>
-  void parallel_for(int64_t count, const Task &task) {
-    std::unique_lock<std::mutex> free(busy_, std::try_to_lock);
-    if (!free) {  // the pool is busy with a loop of another thread
-      for (int64_t i = 0; i < count; ++i) task(i);
-      return;
-    }
-    call_ = [](const void *task, int64_t i) { (*static_cast<const Task *>(task))(i); };
-    task_ = &task;
-    returned_ = 0;
-    ticket_ = ((ticket_ >> 2 * kBits) + 1) << 2 * kBits | uint64_t(count) << kBits;
-    if (sleeping_ > 0) {
-      std::lock_guard<std::mutex> lock(sleep_);
-      wake_.notify_all();
-    }
-    while (run_task()) {
-    }
-    while (returned_ < count) std::this_thread::yield();
-  }
-
- private:
-  ThreadPool() {
-    const int64_t threads = std::min<int64_t>(std::thread::hardware_concurrency(), kMaxThreads);
-    for (int64_t i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
-  }
-
-  bool run_task() {
-    uint64_t ticket = ticket_;
-    while (tasks_left(ticket)) {
-      // They belong to this ticket only if it is still the newest; the exchange checks that.
-      const auto call = call_.load();
-      const void *task = task_;
-      if (ticket_.compare_exchange_weak(ticket, ticket + 1)) {
-        call(task, ticket & kMask);
-        ++returned_;
-        return true;
-      }
-    }
-    return false;
-  }
-
-  static bool tasks_left(uint64_t ticket) { return (ticket & kMask) < (ticket >> kBits & kMask); }
-
-  void work() {
-    auto last = std::chrono::steady_clock::now();
-    for (;;) {
-      const auto now = std::chrono::steady_clock::now();
-      if (run_task()) {
-        last = now;
-      } else if (now - last < kIdleTime) {
-        std::this_thread::yield();
-      } else {
-        std::unique_lock<std::mutex> lock(sleep_);
-        ++sleeping_;
-        wake_.wait(lock, [this] { return tasks_left(ticket_); });
-        --sleeping_;
-      }
-    }
-  }
-
-  static constexpr int64_t kMaxThreads = 8;  // fewer already use the whole bandwidth of the memory
-  static constexpr auto kIdleTime = std::chrono::microseconds(100);  // before a thread sleeps: more than between operators
-  static constexpr int kBits = 20;
-  static constexpr uint64_t kMask = (1 << kBits) - 1;
-  std::mutex busy_, sleep_;
-  std::condition_variable wake_;
-  std::atomic<int64_t> sleeping_{0}, returned_{0};
-  std::atomic<uint64_t> ticket_{0};  // from the highest bits on: number of the loop, its tasks, how many were taken
-  std::atomic<void (*)(const void *, int64_t)> call_{nullptr};
-  std::atomic<const void *> task_{nullptr};
-};
 
 // A matrix whose rows are aligned to cache lines: else every second access would touch two of them.
 class AlignedMatrix {
@@ -133,12 +40,6 @@ class AlignedMatrix {
 
 INLINE void prefetch(const float *x, int64_t n) {
   for (int64_t c = 0; c < n; c += kCacheLine / sizeof(float)) __builtin_prefetch(x + c);
-}
-
-INLINE float dot(const float *a, const float *b, int64_t n) {
-  float sum = 0;
-  for (int64_t c = 0; c < n; ++c) sum += a[c] * b[c];
-  return sum;
 }
 
 // The dot products of a row and eight others, which are x_stride apart; the row is read once.
@@ -197,28 +98,6 @@ FOR_EACH_PROCESSOR void layer_norm(const float *x, const float *gamma, const flo
     const float scale = 1 / std::sqrt(variance / n + 1e-5f);
     for (int64_t c = 0; c < n; ++c) normed[c] = (row[c] - mean) * scale * gamma[c] + beta[c];
   }
-}
-
-// e**x for x <= 0, with an absolute error below 2e-7. Loops over it are vectorised, loops over std::exp are not.
-INLINE float exp_of_negative(float x) {
-  x = std::max(x, -87.0f);  // smaller values vanish beside e**0 of the largest score
-  const int32_t power = int32_t(x * 1.44269504f - 0.5f), bits = (power + 127) << 23;
-  const float r = x - power * 0.693147181f;
-  float two_to_the_power;
-  std::memcpy(&two_to_the_power, &bits, sizeof bits);
-  return two_to_the_power * (((((r / 720 + 1 / 120.0f) * r + 1 / 24.0f) * r + 1 / 6.0f) * r + 0.5f) * r * r + r + 1);
-}
-
-// The error function with an error below 4e-7, for the same reason: a rational function fitted to it on [-4, 4]; beyond
-// that it is ±1.
-INLINE float erf(float x) {
-  x = std::min(std::max(x, -4.0f), 4.0f);
-  const float t = x * x;
-  const float above = ((((1.97483246e-6f * t + 2.88039302e-4f) * t + 4.00358074e-3f) * t + 5.34672755e-2f) * t +
-                       0.196247551f) * t + 1.12837898f;
-  const float below = ((((3.7480776e-5f * t + 1.21634288e-3f) * t + 1.54442922e-2f) * t + 0.116475824f) * t +
-                       0.507251023f) * t + 1;
-  return std::min(std::max(x * above / below, -1.0f), 1.0f);
 }
 
 // value *= gelu(gate), the exact GELU.
@@ -292,31 +171,7 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
   for (; s < span; ++s) add_multiple(out, scores[s], head.values + s * d, d);
 }
 
-// The arguments of an operator as MindSpore hands them over: its inputs, then its outputs.
-struct Tensors {
-  void **data;
-  const int *axes;
-  int64_t **shapes;
-
-  float *operator[](int i) const { return static_cast<float *>(data[i]); }
-  const int32_t *integers(int i) const { return static_cast<const int32_t *>(data[i]); }
-  // An absent one is a tensor of a single axis.
-  float *optional(int i) const { return axes[i] > 1 ? (*this)[i] : nullptr; }
-};
-
-// Whether the arguments are those that `kinds` names in order: f(loat32) or i(nt32).
-bool fit(const char *kinds, int count, const char **types) {
-  if (count != static_cast<int>(std::strlen(kinds))) return false;
-  for (int i = 0; i < count; ++i)
-    if (std::strcmp(types[i], kinds[i] == 'f' ? "float32" : "int32") != 0) return false;
-  return true;
-}
-
 }  // namespace
-
-// Returns 0; or another number for arguments that it does not take, which MindSpore turns into an error.
-#define OPERATOR(name) \
-  extern "C" int name(int count, void **data, int *axes, int64_t **shapes, const char **types, void *, void *)
 
 // One token of each of b sequences through LocalMHA.
 OPERATOR(attend_to_cache) {

@@ -1,0 +1,43 @@
+"""How many floating-point operations training takes."""
+
+import numpy as np
+
+from local_attention.local_attention import LocalAttention
+from local_attention.masks import MaskSpec, visible
+from local_attention.transformer import LocalTransformer
+
+
+def flops_per_byte(model: LocalTransformer, seq_len: int) -> float:
+    """The floating-point operations of a training step per input byte, in the matrix products that cannot be avoided.
+
+    A product's forward pass takes two operations, a multiplication and an addition, per number, and its backward pass
+    twice as many. This gives
+
+    - 6 for each weight of a linear layer: projections of attention, feed-forward, n-grams, and logits;
+    - 12 per channel of the heads and key that a query sees, for scores and weighted sums: keys are those in the real
+      window, cut off at the beginning of a sequence of ``seq_len`` bytes, on average over its queries.
+
+    Embeddings, norms, activations, hyper-connections, the bias network and the optimizer are not counted, nor are
+    scores that are computed only to be masked.
+    """
+    weights = sum(
+        parameter.size
+        for parameter in model.trainable_params()
+        if parameter.name.endswith(".weight") and not parameter.name.startswith("dynamic_pos_bias.")
+    )
+    attention = sum(
+        layer.attention.heads * layer.attention.dim_head * visible_keys(layer.attention.attention, seq_len)
+        for layer in model.layers
+    )
+    return 6 * weights + 12 * attention
+
+
+def visible_keys(attention: LocalAttention, length: int) -> float:
+    """The keys that a query sees, on average over the queries of a sequence."""
+    spec = MaskSpec(*attention.mask_spec(attention.window_size))
+    window, total = spec.window_size, 0
+    keys = np.arange(-spec.look_backward * window, (1 + spec.look_forward) * window)
+    for start in range(0, length, window):
+        queries = np.arange(start, min(start + window, length))[:, None]
+        total += visible(queries, start + keys, length=length, **spec._asdict()).sum()
+    return float(total / length)
