@@ -7,14 +7,8 @@ samples several tokens per call; ``generate_tokens`` continues a prompt.
 
 from local_attention.decoding.cache import KVCache, cache_length
 from local_attention.decoding.generate import generate_tokens
-from local_attention.decoding.session import (
-    DecodingSession,
-    Session,
-    UncachedSession,
-    decoding_cells,
-    logits_with_cache,
-    session_for,
-)
+from local_attention.decoding.kept import logits_with_cache, session_for
+from local_attention.decoding.session import DecodingSession, Session, UncachedSession, decoding_cells
 
 __all__ = [
     "DecodingSession",

@@ -12,7 +12,6 @@ class DecodableModel(Protocol):
         ngram_emb: None, or an embedding of n-grams, whose ``context`` is the number of previous tokens that it needs.
         layers: each a ``Layer``, with ``attention`` (a ``LocalMHA``), ``feed_forward`` and ``global_attention``; its
             ``with_branches`` gives one around other cells.
-        training: whether dropout is active; ``set_train`` sets it.
     """
 
     num_tokens: int | None
@@ -20,7 +19,6 @@ class DecodableModel(Protocol):
     use_abs_pos_emb: bool
     ngram_emb: Any
     layers: Any
-    training: bool
 
     def embed_next(self, tokens: Any, previous: Any, positions: Any) -> Any:
         """``tokens: (b, n)`` at ``positions: (n,)`` to ``(b, n, dim)``; ``previous``: 1 + the tokens before, or 0."""
@@ -34,6 +32,6 @@ class DecodableModel(Protocol):
     def logits(self, hidden: Any) -> Any:
         """``(b, n, dim) -> (b, n, num_tokens)``."""
 
-    def set_train(self, mode: bool) -> Any: ...
+    def cells_and_names(self) -> Any: ...
 
     def get_parameters(self) -> Any: ...

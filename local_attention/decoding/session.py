@@ -1,10 +1,8 @@
 """Sessions: sequences that grow token by token, and what a model predicts for them."""
 
-import warnings
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -15,7 +13,8 @@ from local_attention.decoding.cache import KVCache
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler, SamplingRule, sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
-from local_attention.mindspore_quirks import addresses_of, assign_in_place, call_without_checks
+from local_attention.decoding.tokens import as_integers, check_range
+from local_attention.mindspore_quirks import addresses_of, call_without_checks, eval_mode
 
 PREFILL_CHUNK = 256  # tokens of a prompt that one graph takes at once
 # Tokens from which on prefill is used. Compiling its graph takes as long as decoding 1,000 tokens with kernels.cpp.
@@ -42,105 +41,91 @@ class Session(ABC):
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
         self.model, self.batch, self.num_tokens = model, batch, model.num_tokens
         self.max_context = model.max_seq_len if model.use_abs_pos_emb else None
-        self.ngram_context = 0 if model.ngram_emb is None else model.ngram_emb.context
+        self.ngram_context = 1 if model.ngram_emb is None else model.ngram_emb.context
+        self.kept = self.max_context or self.ngram_context
+        self.cells = [cell for _, cell in model.cells_and_names()]
         self.reset()
 
     @abstractmethod
     def advance(self, tokens: np.ndarray) -> np.ndarray:
-        """The logits after each of ``tokens: (b, n)``, ``(b, n, num_tokens)``."""
+        """Append ``tokens: (b, n)``, for which there is room; returns the logits after each, ``(b, n, num_tokens)``."""
 
     @abstractmethod
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
-        """Append ``tokens: (b,)``; sample as many as one call gives, at most one for each of ``uniforms: (b, m)``."""
+        """Sample after as many of ``tokens: (b, m)`` as one call takes, as :meth:`sample` does, but append none."""
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self.length = 0  # tokens that were appended
         self.position = 0  # of the next token in the context
-        self.newest = np.zeros((self.batch, 0), np.int32)  # what a restart and n-grams need
+        self.newest = np.zeros((self.batch, 0), np.int32)  # the last ``kept`` tokens of the context
 
     def feed(self, tokens: Any) -> np.ndarray:
         """Append tokens and return the logits of the tokens after each of them.
 
         ``tokens: (b,)``, or ``(b, n)`` for several; returns ``(b, num_tokens)``, or ``(b, n, num_tokens)``, float32.
         """
-        tokens = np.asarray(tokens, np.int32)
+        tokens = as_integers(tokens, "tokens: (b,) or (b, n) integers", 1, 2)
         if tokens.ndim == 1:
             return self.feed(tokens[:, None])[:, 0]
-        logits = []
-        with eval_mode(self.model):
+        check_range(tokens, self.num_tokens)
+        tokens, logits = tokens.astype(np.int32), []
+        with eval_mode(self.cells):
             while tokens.shape[1]:
                 count = self.ensure_capacity(tokens.shape[1])
                 logits.append(self.advance(tokens[:, :count]))
-                self.commit(tokens[:, :count])
                 tokens = tokens[:, count:]
         return np.concatenate(logits, 1)
 
-    def sample(self, tokens: Any, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
-        """Append tokens and sample more of them; all but the last sampled one are appended, too.
+    def append(self, tokens: np.ndarray) -> None:
+        """Append ``tokens: (b, n)``; what a restart of the context would drop is not computed."""
+        if self.max_context is not None and (beyond := self.position + tokens.shape[1] - self.max_context) > 0:
+            half = self.max_context // 2
+            since_restart = 1 + (beyond - 1) % (self.max_context - half)
+            tokens = np.concatenate([self.newest, tokens], 1)[:, -(half + since_restart) :]
+            self.reset()
+        if tokens.shape[1]:
+            with eval_mode(self.cells):
+                self.advance(tokens)
+
+    def sample(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
+        """Append tokens, and sample one after each.
 
         Args:
-            tokens: ``(b, n)``, n >= 1.
-            uniforms: ``(b, m)`` numbers from [0, 1), one for each token to sample.
+            tokens: ``(b, m)``; -1: the one sampled just before.
+            uniforms: ``(b, m)`` numbers from [0, 1).
             rule: a :class:`SamplingRule`.
 
         Returns:
             ``(b, m)`` int32.
         """
-        tokens, sampled = np.asarray(tokens, np.int32), []
-        last, tokens = tokens[:, -1:], self.truncate_prompt(tokens[:, :-1])
-        if tokens.shape[1]:
-            self.feed(tokens)
-        with eval_mode(self.model):
-            while uniforms.shape[1]:
-                count = self.ensure_capacity(uniforms.shape[1])
-                sampled.append(self.sample_some(last[:, 0], uniforms[:, :count], rule))
-                self.commit(np.concatenate([last, sampled[-1][:, :-1]], 1))
-                last, uniforms = sampled[-1][:, -1:], uniforms[:, sampled[-1].shape[1] :]
-        return np.concatenate(sampled, 1)
-
-    def truncate_prompt(self, tokens: np.ndarray) -> np.ndarray:
-        """Commit, but do not compute, those of ``tokens: (b, n)`` that a restart would drop; return the others."""
-        if self.max_context is None or (beyond := self.position + tokens.shape[1] - self.max_context) <= 0:
-            return tokens
-        between_restarts = self.max_context - self.max_context // 2
-        others = 1 + (beyond - 1) % between_restarts
-        self.commit(tokens[:, :-others])
-        self.position = self.max_context
-        return tokens[:, -others:]
+        tokens, sampled, done = np.array(tokens, np.int32), np.zeros(uniforms.shape, np.int32), 0
+        with eval_mode(self.cells):
+            while done < tokens.shape[1]:
+                end = done + self.ensure_capacity(tokens.shape[1] - done)
+                some = self.sample_some(tokens[:, done:end], uniforms[:, done:end], rule)
+                end = done + some.shape[1]
+                sampled[:, done:end] = some
+                following = tokens[:, done + 1 : end + 1]
+                np.copyto(following, sampled[:, done : done + following.shape[1]], where=following < 0)
+                self.commit(tokens[:, done:end])
+                done = end
+        return sampled
 
     def ensure_capacity(self, count: int) -> int:
         """How many of ``count`` more tokens fit before the context must restart; restarts it if none do."""
         if self.max_context is None:
             return count
         if self.position == self.max_context:
-            length, kept = self.length, self.newest[:, self.max_context - self.max_context // 2 :]
+            kept = self.newest[:, self.max_context - self.max_context // 2 :]
             self.reset()
             if kept.shape[1]:
                 self.advance(kept)
-                self.commit(kept)
-            self.length = length
         return min(count, self.max_context - self.position)
 
     def commit(self, tokens: np.ndarray) -> None:
         """Note that ``tokens: (b, n)`` were appended."""
-        self.length += tokens.shape[1]
         self.position += tokens.shape[1]
-        newest = np.concatenate([self.newest, tokens], 1)
-        self.newest = newest[:, max(0, newest.shape[1] - (self.max_context or self.ngram_context)) :]
-
-
-@contextmanager
-def eval_mode(model: DecodableModel) -> Iterator[None]:
-    """Switch dropout off meanwhile."""
-    was_training = model.training
-    if was_training:
-        model.set_train(False)
-    try:
-        yield
-    finally:
-        if was_training:
-            model.set_train(True)
+        self.newest = np.concatenate([self.newest, tokens], 1)[:, -self.kept :]
 
 
 class DecodingSession(Session):
@@ -178,9 +163,7 @@ class DecodingSession(Session):
             )
         self.use_kernels = can_use_kernels if use_kernels is None else use_kernels
         if not can_be_decoded(model):
-            raise ValueError(
-                "expected a global_attn_layer with a method decoding_cell, as it is to be fed token by token"
-            )
+            raise ValueError("expected a global_attn_layer with a method decoding_cell, see decoding_cells")
         self.global_cells = decoding_cells(model, batch)
         self.cache = KVCache(model, batch)
         if prefill_threshold is None:
@@ -189,60 +172,55 @@ class DecodingSession(Session):
             prefill_threshold = PREFILL_THRESHOLD_WITH_KERNELS if decode_longer else PREFILL_THRESHOLD
         self.prefill_chunk, self.prefill_threshold = min(prefill_chunk, self.cache.max_chunk()), prefill_threshold
         self.steps_per_call = steps_per_call
-        weights = {id(parameter) for parameter in model.get_parameters()}
-        of_global = [p for cell in self.global_cells for p in cell.get_parameters() if id(p) not in weights]
+        self.weights = list(model.get_parameters())
+        of_model = {id(parameter) for parameter in self.weights}
+        of_global = [p for cell in self.global_cells for p in cell.get_parameters() if id(p) not in of_model]
         self.state = [*self.cache.keys, *self.cache.values, *of_global]
         self.graphs: dict[int, nn.Cell] = {}  # by number of tokens per step, compiled when first needed
-        self.weights: list = list(model.get_parameters())
         self.addresses: list[int] = []
         self.greedy = sampling_rule(self.num_tokens, temperature=0)
 
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         use_prefill = tokens.shape[1] >= self.prefill_threshold and self.prefill_chunk > 1 and not self.global_cells
         count, run = (self.prefill_chunk, self.prefill) if use_prefill else (self.steps_per_call, self.decode)
-        logits = []
-        for i in range(0, tokens.shape[1], count):
-            logits.append(run(tokens[:, i : i + count], self.previous(tokens[:, :i]), self.position + i))
-        return np.concatenate(logits, 1)
+        return np.concatenate([run(tokens[:, i : i + count]) for i in range(0, tokens.shape[1], count)], 1)
 
-    def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
-        previous = self.previous(tokens[:, None][:, :0])
-        return self.run_loop(tokens[:, None], uniforms[:, : self.steps_per_call], rule, previous, self.position)[0]
-
-    def previous(self, tokens: np.ndarray) -> np.ndarray:
-        """1 + the last tokens of the context and of ``tokens: (b, n)`` after it, for n-grams; 0 where there is none."""
-        context = max(1, self.ngram_context)
-        numbers = np.pad(1 + np.concatenate([self.newest, tokens], 1), ((0, 0), (context, 0)))
-        return numbers[:, -context:].astype(np.int32)
-
-    def prefill(self, tokens: np.ndarray, previous: np.ndarray, position: int) -> np.ndarray:
-        """The logits after each of ``tokens: (b, n)``, at most ``prefill_chunk`` of them, all at once."""
-        count = tokens.shape[1]
-        inputs = [array[0] for array in self.cache.step_inputs(position, 1, self.prefill_chunk, count)]
-        padded = np.pad(tokens, ((0, 0), (0, self.prefill_chunk - count)))
-        logits = self.graph(self.prefill_chunk)(*map(Tensor, (padded, previous, *inputs)))
+    def prefill(self, tokens: np.ndarray) -> np.ndarray:
+        """:meth:`advance` by at most ``prefill_chunk`` tokens, all at once."""
+        chunk, count = self.prefill_chunk, tokens.shape[1]
+        padded = np.pad(tokens, ((0, 0), (0, chunk - count)))
+        inputs = [array[0] for array in self.cache.step_inputs(self.position, 1, chunk, count)]
+        logits = self.graph(chunk)(*map(Tensor, (padded, self.previous(), *inputs)))
+        self.commit(tokens)
         return logits.asnumpy()[:, :count]
 
-    def decode(self, tokens: np.ndarray, previous: np.ndarray, position: int) -> np.ndarray:
-        """The logits after each of ``tokens: (b, n)``, at most ``steps_per_call`` of them, one after another."""
-        return self.run_loop(tokens, np.zeros(tokens.shape), self.greedy, previous, position)[1]
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """:meth:`advance` by at most ``steps_per_call`` tokens, one after another."""
+        _, logits = self.run_loop(tokens, np.zeros(tokens.shape), self.greedy)
+        self.commit(tokens)
+        return logits
 
-    def run_loop(
-        self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule, previous: np.ndarray, position: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Decode ``tokens: (b, n)`` and then what is sampled, until one is sampled for each of ``uniforms: (b, m)``.
+    def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
+        return self.run_loop(tokens[:, : self.steps_per_call], uniforms[:, : self.steps_per_call], rule)[0]
 
-        Returns:
-            What was sampled after each, ``(b, m)``, and the logits for it, ``(b, m, num_tokens)``.
-        """
-        count, max_steps = uniforms.shape[1], self.steps_per_call
-        given = np.pad(tokens, ((0, 0), (0, max_steps - tokens.shape[1])), constant_values=-1).T.astype(np.int32)
-        uniforms = np.pad(uniforms, ((0, 0), (0, max_steps - count))).T[..., None].astype(np.float32)
-        inputs = self.cache.step_inputs(position, max_steps, 1, 1)
-        arguments = (np.array(count, np.int32), given, previous, uniforms, *rule, *inputs)
+    def run_loop(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, np.ndarray]:
+        """What is sampled after each of ``tokens: (b, m)``, and the logits for it; see :meth:`sample`."""
+        count, steps = tokens.shape[1], self.steps_per_call
+        missing = ((0, 0), (0, steps - count))
+        given = np.pad(tokens, missing).T.astype(np.int32)
+        uniforms = np.pad(uniforms, missing).T[..., None].astype(np.float32)
+        inputs = self.cache.step_inputs(self.position, steps, 1, 1)
+        arguments = (np.array(count, np.int32), given, self.previous(), uniforms, *rule, *inputs)
         sampled, logits = self.graph(1)(*map(Tensor, arguments))
         # copies, because the next call overwrites the arrays
         return sampled.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
+
+    def cache_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.state)
+
+    def previous(self) -> np.ndarray:
+        """1 + the last tokens of the context, for n-grams; 0 where there is none."""
+        return np.pad(1 + self.newest, ((0, 0), (self.ngram_context, 0)))[:, -self.ngram_context :]
 
     def graph(self, count: int) -> nn.Cell:
         """The :class:`DecodeLoop` for tokens one by one, or a :class:`DecodeStep` of ``count`` tokens.
@@ -259,45 +237,26 @@ class DecodingSession(Session):
             self.graphs[count] = call_without_checks(graph)
         return self.graphs[count]
 
-    def snapshot(self) -> "Snapshot":
-        """The session as it is now."""
-        return Snapshot(self.length, self.position, self.newest, [p.asnumpy().copy() for p in self.state])
-
-    def restore(self, snapshot: "Snapshot") -> None:
-        """Continue from a :meth:`snapshot` of a session of the same model and batch."""
-        self.length, self.position, self.newest = snapshot.length, snapshot.position, snapshot.newest
-        for parameter, array in zip(self.state, snapshot.state):
-            assign_in_place(parameter, array)
-
-
-class Snapshot(NamedTuple):
-    """What a :class:`DecodingSession` knows of its sequences."""
-
-    length: int
-    position: int
-    newest: np.ndarray
-    state: list[np.ndarray]
-
 
 class UncachedSession(Session):
     """A :class:`Session` that computes the whole context again for each token: for comparison and global layers."""
 
-    sampler: Sampler | None = None
-
-    def reset(self) -> None:
-        super().reset()
-        self.context = self.newest
+    def __init__(self, model: DecodableModel, batch: int) -> None:
+        super().__init__(model, batch)
+        self.kept, self.sampler = sys.maxsize, Sampler(self.num_tokens)
 
     def advance(self, tokens: np.ndarray) -> np.ndarray:
-        self.context = np.concatenate([self.context, tokens], 1)
-        model: Any = self.model
-        return model(Tensor(self.context)).asnumpy()[:, -tokens.shape[1] :]
+        logits = self.logits_after(tokens)
+        self.commit(tokens)
+        return logits
 
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
-        self.sampler = self.sampler or Sampler(self.num_tokens)
-        logits = self.advance(tokens[:, None])[:, 0]
-        sampled = self.sampler(Tensor(logits), Tensor(uniforms[:, :1].astype(np.float32)), *map(Tensor, rule))
-        return sampled.asnumpy()[:, None]
+        logits, uniforms = self.logits_after(tokens[:, :1])[:, 0], uniforms[:, :1].astype(np.float32)
+        return self.sampler(*map(Tensor, (logits, uniforms, *rule))).asnumpy()[:, None]
+
+    def logits_after(self, tokens: np.ndarray) -> np.ndarray:
+        model: Any = self.model
+        return model(Tensor(np.concatenate([self.newest, tokens], 1))).asnumpy()[:, -tokens.shape[1] :]
 
 
 def decoding_cells(model: DecodableModel, batch: int) -> list[nn.Cell]:
@@ -317,43 +276,3 @@ def can_be_decoded(model: DecodableModel) -> bool:
 
 def global_layers(model: DecodableModel) -> list[Any]:
     return [layer.global_attention for layer in model.layers if layer.global_attention is not None]
-
-
-def session_for(model: DecodableModel, batch: int) -> Session:
-    """A :class:`DecodingSession`, or an :class:`UncachedSession`, with a warning, where global layers have no cells."""
-    if can_be_decoded(model):
-        return kept_session(model, batch)
-    warnings.warn(
-        "global_attn_layer has no method decoding_cell: each token computes the whole context again", stacklevel=3
-    )
-    return UncachedSession(model, batch)
-
-
-def kept_session(model: DecodableModel, batch: int) -> DecodingSession:
-    """A model's :class:`DecodingSession`. The last one is kept, because its graphs take seconds to compile.
-
-    It is kept in the model's ``__dict__``, so that it lives as long as the model.
-    """
-    session = vars(model).get("_decoding_session")
-    if session is None or session.batch != batch:
-        session = vars(model)["_decoding_session"] = DecodingSession(model, batch)
-    return session
-
-
-def logits_with_cache(model: DecodableModel, tokens: np.ndarray, cache: Snapshot | None) -> tuple[np.ndarray, Snapshot]:
-    """The logits after each of ``tokens: (b, n)`` that ``cache`` does not hold yet, and a cache that holds all of them.
-
-    Raises:
-        ValueError: for a cache of another batch, or of as many tokens.
-    """
-    session = kept_session(model, len(tokens))
-    if cache is None:
-        session.reset()
-    else:
-        if len(cache.newest) != len(tokens) or cache.length >= tokens.shape[1]:
-            raise ValueError(
-                f"expected tokens ({len(cache.newest)}, n) with n > {cache.length} for this cache, got {tokens.shape}"
-            )
-        session.restore(cache)
-        tokens = tokens[:, cache.length :]
-    return session.feed(tokens), session.snapshot()

@@ -88,7 +88,7 @@ class DecodeLoop(nn.Cell):
         self.sampled = output("sampled", (steps_per_call, step.batch), np.int32)
         self.logits = output("logits", (steps_per_call, step.batch, num_tokens), np.float32)
 
-    def construct(self, count, given, previous, uniforms, inverse_temperature, rank_bias, top_p, *inputs):
+    def construct(self, count, given, previous, uniforms, inverse_temperature, token_bias, rank_bias, top_p, *inputs):
         """Decode ``count`` tokens per sequence, and sample one after each.
 
         Args:
@@ -96,7 +96,7 @@ class DecodeLoop(nn.Cell):
             given: ``(steps_per_call, b)`` int32, the tokens to decode; -1: the one sampled just before.
             previous: see :class:`DecodeStep`.
             uniforms: ``(steps_per_call, b, 1)`` float32, a random number from [0, 1) for each token to sample.
-            inverse_temperature, rank_bias, top_p: see :class:`Sampler`.
+            inverse_temperature, token_bias, rank_bias, top_p: see :class:`Sampler`.
             inputs: a :class:`StepInputs`.
 
         Returns:
@@ -109,13 +109,16 @@ class DecodeLoop(nn.Cell):
             step_inputs = ()
             for stacked in inputs:
                 step_inputs = step_inputs + (ops.gather(stacked, i, 0),)
+            # a call with *step_inputs inside a loop would never be freed: MindSpore 2.10 keeps its cell
+            positions, slots, mask, rotation, distances, decay = step_inputs
             tokens = ops.gather(given, i, 0)
             tokens = ops.select(tokens < 0, sampled, tokens).reshape((-1, 1))
-            logits = self.step(tokens, previous, *step_inputs)
+            logits = self.step(tokens, previous, positions, slots, mask, rotation, distances, decay)
             if self.use_ngrams:
                 previous = ops.cat((previous, 1 + tokens), 1)[:, 1:]
             logits = logits.reshape((self.step.batch, -1))
-            sampled = self.sampler(logits, ops.gather(uniforms, i, 0), inverse_temperature, rank_bias, top_p)
+            uniform = ops.gather(uniforms, i, 0)
+            sampled = self.sampler(logits, uniform, inverse_temperature, token_bias, rank_bias, top_p)
             self.write(self.sampled, i.reshape(1), sampled.reshape((1, -1)))
             self.write(self.logits, i.reshape(1), logits.reshape((1, self.step.batch, -1)))
             i = i + 1

@@ -243,7 +243,9 @@ class Sample(Periodic):
 
     def act(self) -> None:
         self.session = self.session or DecodingSession(self.model)
-        tokens = generate_tokens(self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, seed=self.seed)
+        tokens = generate_tokens(
+            self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, num_tokens=256, seed=self.seed
+        )
         text = as_text([int(token) for (token,) in tokens])
         self.run_log.record("sample", self.state, text=text, prompt=as_text(self.prompt))
         log.info(f"step {self.state.step:>6,}  sample:\n{indent(text)}")

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from local_attention.decoding.session import eval_mode
+from local_attention.mindspore_quirks import eval_mode
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Evaluator:
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rank, world_size = self.distributed.rank, self.distributed.world_size
         sums = np.zeros((math.ceil(len(batches) / world_size), 2))  # nats and bytes of each batch of this process
-        with eval_mode(self.model):
+        with eval_mode([cell for _, cell in self.model.cells_and_names()]):
             for i, batch in enumerate(progress(batches[rank::world_size])):
                 sums[i] = self.score_batch(tokens, batch)
         nats, scored = (math.fsum(column) for column in self.distributed.all_gather(sums).reshape(-1, 2).T)

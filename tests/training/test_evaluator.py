@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from local_attention.training.evaluate import Evaluator, windows
 from tests.training.toys import examples, log_softmax, tiny_transformer
@@ -102,12 +102,8 @@ def test_a_shorter_stride_gives_bytes_more_context(evaluators, log_p):
 # Inputs and labels, tested with a fake model.
 
 
-class FakeModel:
-    training = True
-
-    def set_train(self, mode=True):
-        self.training = mode
-        return self
+class FakeModel(nn.Cell):
+    pass
 
 
 def fake_evaluator():
