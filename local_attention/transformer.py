@@ -202,7 +202,7 @@ class LocalTransformer(nn.Cell):
                 tokens that the vocabulary does not have; for lengths outside 1 … n.
         """
         from local_attention.decoding import UncachedSession, generate_tokens, session_for
-        from local_attention.decoding.tokens import as_integers
+        from local_attention.tokens import as_integers
 
         sequences = as_integers(prime, "prime: (b, n) integers, n >= 1 (pad shorter rows, and give lengths)", 2)
         batch = len(sequences)

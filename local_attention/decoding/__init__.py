@@ -1,8 +1,7 @@
 """Generation with a KV cache: sequences are prefilled, then decoded token by token.
 
-``DecodingSession`` knows which tokens were fed and where positions restart; ``KVCache`` holds the keys and values that
-later tokens can still see; ``DecodeStep`` is the model's forward pass with that cache, and ``DecodeLoop`` decodes and
-samples several tokens per call; ``generate_tokens`` continues a prompt.
+A session knows which tokens it was fed and where positions restart; a :class:`KVCache` holds the keys and values that
+later tokens can still see; :func:`generate_tokens` continues a prompt.
 """
 
 from local_attention.decoding.cache import KVCache, cache_length

@@ -1,5 +1,6 @@
 """Generation: a prompt, continued token by token."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.decoding.session import STEPS_PER_CALL, Session
-from local_attention.decoding.tokens import as_integers, check_range
+from local_attention.tokens import as_integers, check_range
 
 
 def generate_tokens(
@@ -39,13 +40,18 @@ def generate_tokens(
         to ``STEPS_PER_CALL``.
 
     Raises:
-        ValueError: for what is no prompt of tokens of the vocabulary; for lengths outside 1 … n; and as
-            :func:`sampling_rule`.
+        ValueError: for what is no prompt of tokens of the vocabulary; for lengths outside 1 … n; for a negative
+            ``length``; and as :func:`sampling_rule`.
     """
+    if length is not None and length < 0:
+        raise ValueError(f"expected a length >= 0, or None, got {length}")
     prompt = as_integers(prompt, "a prompt of integers, (n,) or (b, n), at least one token", 1, 2)
     prompt = np.broadcast_to(prompt, (session.batch, prompt.shape[-1]))
-    lengths = checked_lengths(lengths, *prompt.shape)
-    shortest, longest = lengths.min(), lengths.max()
+    expected = f"{session.batch} lengths from 1 to {prompt.shape[1]}"
+    lengths = as_integers([prompt.shape[1]] * session.batch if lengths is None else lengths, expected, 1)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if len(lengths) != session.batch or shortest < 1 or longest > prompt.shape[1]:
+        raise ValueError(f"expected {expected}, got {lengths.tolist()}")
     prompt, is_given = prompt[:, :longest], np.arange(longest) < lengths[:, None]
     check_range(prompt[is_given], session.num_tokens)
     prompt = np.where(is_given, prompt.astype(np.int32), -1)
@@ -53,7 +59,7 @@ def generate_tokens(
 
     # All rows advance together from where the shortest one ends. While a longer one has tokens of its own, it gets
     # these, uses up no random numbers, and what is sampled for it is dropped.
-    begin = (lengths - shortest)[:, None]
+    begin = (lengths.astype(int) - shortest)[:, None]
     uniforms = [
         chain(repeat(0.0, wait), iter(np.random.RandomState([*np.atleast_1d(seed), row]).random_sample, None))
         for row, (wait,) in enumerate(begin)
@@ -66,18 +72,5 @@ def generate_tokens(
         sampled = np.concatenate([sampled, session.sample(tokens, numbers, rule)], 1)
         yield from np.take_along_axis(sampled, begin + np.arange(count), 1).T
         newest, sampled, done = sampled[:, -1:], sampled[:, count:], done + count
-        count = min(2 * count, STEPS_PER_CALL)
-        if length is not None:
-            count = min(count, length - done)
-        tokens = np.pad(newest, ((0, 0), (0, max(count - 1, 0))), constant_values=-1)
-
-
-def checked_lengths(lengths: Any, batch: int, most: int) -> np.ndarray:
-    """``lengths``, by default all ``most``, as an array ``(batch,)``."""
-    if lengths is None:
-        return np.full(batch, most)
-    expected = f"{batch} lengths from 1 to {most}"
-    array = as_integers(lengths, expected, 1)
-    if len(array) != batch or array.min() < 1 or array.max() > most:
-        raise ValueError(f"expected {expected}, got {array.tolist()}")
-    return array.astype(np.int64)
+        count = min(2 * count, STEPS_PER_CALL, sys.maxsize if length is None else length - done)
+        tokens = np.pad(newest, ((0, 0), (0, max(0, count - 1))), constant_values=-1)

@@ -7,8 +7,8 @@ import numpy as np
 
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.session import DecodingSession, Session, UncachedSession, can_be_decoded
-from local_attention.decoding.tokens import as_integers
 from local_attention.mindspore_quirks import assign_in_place
+from local_attention.tokens import as_integers
 
 # How many sessions a model keeps, and of how large caches together; its last one it keeps in any case. Beside its
 # cache, a session's graphs take some 50 MB for a model of 19 M parameters.
@@ -29,7 +29,7 @@ def kept_session(model: DecodableModel, batch: int) -> DecodingSession:
     """
     kept = vars(model).setdefault("_decoding_sessions", KeptSessions())
     kept[batch] = kept.pop(batch, None) or DecodingSession(model, batch)
-    while len(kept) > MAX_SESSIONS or (len(kept) > 1 and sum(s.cache_bytes() for s in kept.values()) > MAX_BYTES):
+    while len(kept) > MAX_SESSIONS or (len(kept) > 1 and sum(s.nbytes for s in kept.values()) > MAX_BYTES):
         del kept[next(iter(kept))]
     return kept[batch]
 

@@ -151,6 +151,11 @@ def test_no_token_is_sampled_for_a_length_of_zero():
     assert list(generate_tokens(shared_session(1), [1], 0)) == []
 
 
+def test_a_negative_length_is_refused():
+    with pytest.raises(ValueError, match="expected a length >= 0, or None, got -1"):
+        next(generate_tokens(shared_session(1), [1], -1))
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         next(generate_tokens(shared_session(1), [], 3))

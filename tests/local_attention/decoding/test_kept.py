@@ -56,7 +56,7 @@ def test_the_session_that_was_not_used_for_the_longest_time_is_dropped_first():
 
 def test_the_caches_of_the_sessions_are_bounded_by_their_size(monkeypatch):
     model = transformer()
-    of_one = kept_session(model, 1).cache_bytes()
+    of_one = kept_session(model, 1).nbytes
     assert of_one == 2 * 2 * (4 + 1) * 4 * 4  # keys and values, 2 heads, 4 slots and a spare one, 4 channels of float32
     monkeypatch.setattr(kept, "MAX_BYTES", 3 * of_one)
     first, second = kept_session(model, 1), kept_session(model, 2)

@@ -253,6 +253,22 @@ def test_a_model_that_cannot_be_decoded_is_refused(options):
         DecodingSession(LocalTransformer(**SIZES | options))
 
 
+@pytest.mark.parametrize("session", [DecodingSession, UncachedSession])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1.0]], r"expected tokens: \(b,\) or \(b, n\) integers, got float64 of shape \(1, 1\)"),
+        ([[]], r"expected tokens: .*, got float64 of shape \(1, 0\)"),
+        ([[[1]]], r"expected tokens: .*, got int64 of shape \(1, 1, 1\)"),
+        ([11], "expected tokens from 0 to 10, got 11"),
+        ([[1, -5]], "expected tokens from 0 to 10, got -5"),
+    ],
+)
+def test_what_are_no_tokens_of_the_vocabulary_is_not_fed(session, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        session(model_with_positions(7), 1).feed(tokens)
+
+
 # Restarts of the context, where learned positions run out
 
 

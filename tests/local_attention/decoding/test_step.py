@@ -13,7 +13,7 @@ from tests.local_attention.models import needs_kernels, sequences, transformer, 
 
 def decode_step(model, count=1, use_kernels=False):
     cache = KVCache(model, 2)
-    return DecodeStep(model, 2, count, cache, [], use_kernels), cache
+    return DecodeStep(model, cache, count, [], use_kernels), cache
 
 
 @with_and_without_kernels
