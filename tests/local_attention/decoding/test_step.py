@@ -13,7 +13,7 @@ from tests.local_attention.models import needs_kernels, sequences, transformer, 
 
 def decode_step(model, count=1, use_kernels=False):
     cache = KVCache(model, 2)
-    return DecodeStep(model, 2, count, cache, [], use_kernels), cache
+    return DecodeStep(model, cache, count, [], use_kernels), cache
 
 
 @with_and_without_kernels
@@ -41,12 +41,12 @@ def test_single_tokens_are_decoded_by_the_kernels_and_several_by_the_portable_ba
             assert (type(layer.attention), type(layer.feed_forward)) == (attention, feed_forward)
 
 
-def test_a_loop_decodes_given_tokens_and_then_those_it_samples():
-    model, x, count = transformer(), sequences(2, 3), 5
+def test_a_loop_decodes_given_tokens_and_where_there_is_none_the_one_it_sampled_just_before():
+    model, x, count = transformer(), sequences(2, 4), 5
     step, cache = decode_step(model)
     loop = DecodeLoop(step, 7, 11)
     given = np.full((7, 2), -1)
-    given[:3] = x.T
+    given[:4, 0], given[:2, 1] = x[0], x[1, :2]
     sampled, logits = loop(
         tensor(count),
         tensor(given),
@@ -56,7 +56,8 @@ def test_a_loop_decodes_given_tokens_and_then_those_it_samples():
         *map(tensor, cache.step_inputs(0, 7, 1, 1)),
     )
     sampled, logits = sampled.asnumpy(), logits.asnumpy()
-    full = run(model, np.concatenate([x, sampled[2:4].T], 1))
+    decoded = [[*x[0], *sampled[3:4, 0]], [*x[1, :2], *sampled[1:4, 1]]]
+    full = run(model, decoded)
     np.testing.assert_allclose(logits[:count].swapaxes(0, 1), full, atol=1e-4)
     np.testing.assert_array_equal(sampled[:count].T, full.argmax(-1))
     assert (logits[count:] == 0).all()
