@@ -321,20 +321,15 @@ class Sample(Event):
 
     def act(self) -> None:
         self.session = self.session or DecodingSession(self.model)
-<<<<<<< HEAD
-        tokens = generate_tokens(self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, seed=self.seed)
+        tokens = generate_tokens(
+            self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, num_tokens=256, seed=self.seed
+        )
         sampled = []
         for i, (token,) in enumerate(tokens):
             if i % STEPS_PER_CALL == 0:
                 self.check_signals()
             sampled.append(int(token))
         text = as_text(sampled)
-=======
-        tokens = generate_tokens(
-            self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, num_tokens=256, seed=self.seed
-        )
-        text = as_text([int(token) for (token,) in tokens])
->>>>>>> h-decode
         self.run_log.record("sample", self.state, text=text, prompt=as_text(self.prompt))
         log.info(f"step {self.state.step:>6,}  sample:\n{indent(text)}")
 

@@ -11,13 +11,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-<<<<<<< HEAD
-from local_attention.decoding.session import eval_mode
-from local_attention.training.distributed import SINGLE_PROCESS, Distributed, digest_of
-=======
 from local_attention.mindspore_quirks import eval_mode
-from local_attention.training.distributed import SINGLE_PROCESS, Distributed
->>>>>>> h-decode
+from local_attention.training.distributed import SINGLE_PROCESS, Distributed, digest_of
 
 if TYPE_CHECKING:
     from data import Corpus
@@ -128,15 +123,10 @@ class Evaluator:
         rows = list(windows(0, stop - start, self.seq_len, stride))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rank, world_size = self.distributed.rank, self.distributed.world_size
-<<<<<<< HEAD
         rounds = math.ceil(len(batches) / world_size)
         batches += [[]] * (rounds * world_size - len(batches))
         sums = np.zeros((rounds, 2))  # nats and bytes of each batch of this process
-        with eval_mode(self.model):
-=======
-        sums = np.zeros((math.ceil(len(batches) / world_size), 2))  # nats and bytes of each batch of this process
         with eval_mode([cell for _, cell in self.model.cells_and_names()]):
->>>>>>> h-decode
             for i, batch in enumerate(progress(batches[rank::world_size])):
                 before_batch()
                 if batch:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
@@ -30,12 +30,13 @@ def test_a_step_gives_the_logits_after_each_of_its_tokens(count, use_kernels):
 
 
 @needs_kernels
-def test_single_tokens_are_decoded_by_the_kernels_and_several_by_the_portable_backend():
+def test_tokens_are_decoded_by_the_operators_in_cpp_for_one_or_for_several():
     model = transformer(depth=2)
     for count, use_kernels, attention, feed_forward in [
         (1, True, CachedMHAOperator, FeedForwardOperator),
         (1, False, CachedMHA, FeedForward),
-        (3, True, CachedMHA, FeedForward),
+        (3, True, PrefillMHAOperator, FeedForward),
+        (3, False, CachedMHA, FeedForward),
     ]:
         for layer in decode_step(model, count, use_kernels)[0].layers:
             assert (type(layer.attention), type(layer.feed_forward)) == (attention, feed_forward)
