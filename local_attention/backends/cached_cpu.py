@@ -55,6 +55,14 @@ class CachedMHAOperator(nn.Cell):
 class PrefillMHAOperator(CachedMHA):
     """:class:`CachedMHA` for several tokens per sequence, with the same in-place update of the cache as above."""
 
+    # fmt: off
+    computes = frozenset({
+        "dim", "window_size", "dim_head", "heads", "dropout", "causal", "prenorm", "qk_rmsnorm", "qk_scale",
+        "use_xpos", "xpos_scale_base", "exact_windowsize", "gate_values_per_head", "look_backward", "look_forward",
+        "shared_qk", "scale", "use_rotary_pos_emb",
+    })
+    # fmt: on
+
     @staticmethod
     def is_available(mha: nn.Cell) -> bool:
         return training_kernels_run(mha)

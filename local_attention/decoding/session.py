@@ -17,7 +17,7 @@ from local_attention.mindspore_quirks import addresses_of, call_without_checks, 
 from local_attention.tokens import as_integers, check_range
 
 PREFILL_CHUNK = 256  # tokens of a prompt that one graph takes at once
-# Tokens from which on prefill is used. Compiling its graph takes as long as decoding 1,000 tokens with kernels.cpp.
+# Tokens from which on prefill is used. Compiling its graph takes as long as decoding 1,000 tokens in C++.
 PREFILL_THRESHOLD, PREFILL_THRESHOLD_WITH_KERNELS = 256, 1024
 STEPS_PER_CALL = 16  # 2.6 ms per token, one by one 4.7
 
