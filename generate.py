@@ -35,6 +35,7 @@ def main(config: GenerateConfig) -> int | None:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        num_tokens=256,  # bytes, also where the model has more tokens
         seed=config.seed,
     )
     samples, begin, generated, status = [SampledText(stop) for _ in range(config.num_samples)], None, 0, None

@@ -2,7 +2,8 @@
 one is no longer needed, or no longer works.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,27 @@ def addresses_of(parameters: Iterable[Parameter]) -> list[int]:
 def assign_in_place(parameter: Parameter, array: np.ndarray) -> None:
     """Give a parameter new values where it is, for the same reason: ``set_data`` would not reach a compiled graph."""
     ops.assign(parameter, Tensor(array))
+
+
+@contextmanager
+def eval_mode(cells: Iterable[nn.Cell]) -> Iterator[None]:
+    """Switch dropout off meanwhile; afterwards each cell is as it was. ``set_train`` would set all cells alike.
+
+    The phase goes with it, because graphs are kept by phase: one that was compiled for training has dropout.
+
+    Args:
+        cells: a model and all cells in it.
+    """
+    in_training = [(cell, cell.phase) for cell in cells if cell.training]
+    for cell, _ in in_training:
+        cell.phase = "predict"
+        cell.add_flags(training=False)
+    try:
+        yield
+    finally:
+        for cell, phase in in_training:
+            cell.phase = phase
+            cell.add_flags(training=True)
 
 
 def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> None:

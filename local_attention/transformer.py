@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -146,7 +147,7 @@ class LocalTransformer(nn.Cell):
             raise ValueError("expected no mask and no return_loss with a cache")
         from local_attention.decoding import logits_with_cache
 
-        logits, cache = logits_with_cache(self, x.asnumpy(), cache)
+        logits, cache = logits_with_cache(self, x, cache)
         return (ms.Tensor(logits), cache) if return_cache else ms.Tensor(logits)
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, ngram_rows=None):
@@ -165,7 +166,7 @@ class LocalTransformer(nn.Cell):
 
     def generate(
         self,
-        prime: ms.Tensor,
+        prime: Any,
         seq_len: int,
         temperature: float = 1.0,
         filter_thres: float = 0.9,
@@ -173,13 +174,14 @@ class LocalTransformer(nn.Cell):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        lengths: Any = None,
     ) -> ms.Tensor:
         """Continue sequences.
 
         With learned absolute positions the context restarts from its newest half where they run out.
 
         Args:
-            prime: ``(b, n)`` int32 tokens, at least one.
+            prime: ``(b, n)`` integer tokens, at least one: a tensor, an array or nested lists.
             seq_len: tokens to draw.
             temperature: divides the logits; 0 takes the most likely token.
             filter_thres: the fraction of the vocabulary, its least likely part, that is never drawn; at least one token
@@ -189,16 +191,20 @@ class LocalTransformer(nn.Cell):
             top_k, top_p: see :func:`decoding.sampling.sampling_rule`.
             seed: an integer from 0 to 2**32 - 1; the same one gives the same tokens. If it is None, one is drawn from
                 NumPy's generator, which ``mindspore.set_seed`` seeds.
+            lengths: ``(b,)`` integers, for rows of different lengths: the rest of each row is padding, of any values.
+                Each row is continued as if it were alone, beginning after its own last token.
 
         Returns:
             ``(b, seq_len)`` int32, without the prime.
 
         Raises:
-            ValueError: for a model that is not causal or has no tokens; for an empty prime.
+            ValueError: for a model that is not causal or has no tokens; for a prime of another shape or type; for
+                tokens that the vocabulary does not have; for lengths outside 1 … n.
         """
         from local_attention.decoding import UncachedSession, generate_tokens, session_for
+        from local_attention.tokens import as_integers
 
-        sequences = prime.asnumpy()
+        sequences = as_integers(prime, "prime: (b, n) integers, n >= 1 (pad shorter rows, and give lengths)", 2)
         batch = len(sequences)
         session = session_for(self, batch) if use_kv_cache else UncachedSession(self, batch)
         if top_k is None and top_p is None:
@@ -206,7 +212,14 @@ class LocalTransformer(nn.Cell):
         if seed is None:
             seed = int(np.random.randint(2**32, dtype=np.int64))
         sampled = generate_tokens(
-            session, sequences, seq_len, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            session,
+            sequences,
+            seq_len,
+            lengths=lengths,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
         )
         return ms.Tensor(np.stack([np.zeros(batch, np.int32), *sampled], 1)[:, 1:])
 

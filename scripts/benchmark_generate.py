@@ -1,4 +1,4 @@
-"""Time per generated token: this project with and without kernels.cpp, PyTorch's ``local-attention``, a lower bound.
+"""Time per generated token: this project with and without operators in C++, PyTorch's package, a lower bound.
 
     python scripts/benchmark_generate.py                    # batch 1, the base model with random weights
     python scripts/benchmark_generate.py --batch 8
@@ -33,7 +33,7 @@ GROUP = 16  # tokens that are timed together, as this project generates 16 per c
 NAMES = {
     "floor": "floor: reading the weights",
     "ours": "this project",
-    "operators": "without kernels.cpp",
+    "operators": "without operators in C++",
     "original": "PyTorch local-attention",
 }
 
@@ -90,7 +90,7 @@ def ours(arguments: argparse.Namespace, use_kernels: bool | None = None) -> Iter
 
 
 def operators(arguments: argparse.Namespace) -> Iterator[list[float]]:
-    """Time rounds of this project without kernels.cpp, as without a compiler or on other devices."""
+    """Time rounds of this project without operators in C++, as without a compiler or on other devices."""
     return ours(arguments, use_kernels=False)
 
 

@@ -19,24 +19,14 @@ def cache_length(attention: LocalAttention) -> int:
 
 
 class StepInputs(NamedTuple):
-    """What decode steps need of positions: arrays with an axis of steps in front.
+    """What decode steps need of positions: arrays with an axis of steps in front."""
 
-    positions: ``(count,)`` int32, for learned positions.
-    slots: ``(b * heads * count,)`` int32, the rows of the cache that take the new keys and values.
-    mask: ``(1, count, span)`` float32, additive. The keys are those of the cache's slots; for more than one token also
-        their own, after them.
-    rotation: ``(4, b * heads * count, d)`` float32, cosines and sines for queries, times the scale of the scores and
-        their xPos decay, and for keys; without rotary embeddings cosines of 1 and sines of 0.
-    distances: ``(count * span,)`` int32, tokens from each key to each query, for the dynamic bias.
-    decay: ``(1, span, d)`` float32, the xPos decay of the keys.
-    """
-
-    positions: np.ndarray
-    slots: np.ndarray
-    mask: np.ndarray
-    rotation: np.ndarray
-    distances: np.ndarray
-    decay: np.ndarray
+    positions: np.ndarray  # (count,) int32, for learned positions
+    slots: np.ndarray  # (b * heads * count,) int32, the rows of the cache that take the new keys and values
+    mask: np.ndarray  # (1, count, span) float32, additive, for the cache's keys; and for a count > 1 the new ones
+    rotation: np.ndarray  # (4, b * heads * count, d) float32: cosines and sines for queries (scaled) and for keys
+    distances: np.ndarray  # (count * span,) int32, tokens from each key to each query, for the dynamic bias
+    decay: np.ndarray  # (1, span, d) float32, the xPos decay of the keys
 
 
 class KVCache:
@@ -53,17 +43,17 @@ class KVCache:
 
     def __init__(self, model: DecodableModel, batch: int) -> None:
         mha = model.layers[0].attention
-        self.attention = mha.attention
-        self.max_position = model.max_seq_len - 1
+        self.attention, self.batch, self.max_position = mha.attention, batch, model.max_seq_len - 1
         self.rows, self.d = batch * mha.heads, mha.dim_head
         self.length = cache_length(self.attention)
         zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
-        self.keys, self.values = (
-            ms.ParameterTuple(
+
+        def parameters(name: str) -> ms.ParameterTuple:
+            return ms.ParameterTuple(
                 Parameter(Tensor(zeros), name=f"{name}.{i}", requires_grad=False) for i in range(len(model.layers))
             )
-            for name in ("cached_keys", "cached_values")
-        )
+
+        self.keys, self.values = parameters("cached_keys"), parameters("cached_values")
 
     def step_inputs(self, position: int, steps: int, count: int, kept: int) -> StepInputs:
         """What ``steps`` steps of ``count`` tokens need, the first of which stands at ``position``.
@@ -72,7 +62,7 @@ class KVCache:
         exact at any position.
         """
         attention, length, d = self.attention, self.length, self.d
-        positions = position + np.arange(steps * count).reshape(steps, count)
+        positions = position + np.arange(steps * count).reshape((steps, count))
         # one token is written before it is read, several are read beside the cache
         last = positions[:, -1:] if count == 1 else positions[:, :1] - 1
         cached = last - (last - np.arange(length)) % length  # the position that each slot holds

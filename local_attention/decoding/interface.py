@@ -4,23 +4,13 @@ from typing import Any, Protocol
 
 
 class DecodableModel(Protocol):
-    """A causal language model whose layers can be decoded with a KV cache.
+    """A causal language model whose layers can be decoded with a KV cache."""
 
-    Attributes:
-        num_tokens: size of the vocabulary.
-        max_seq_len, use_abs_pos_emb: how many learned absolute positions there are, if there are any.
-        ngram_emb: None, or an embedding of n-grams, whose ``context`` is the number of previous tokens that it needs.
-        layers: each a ``Layer``, with ``attention`` (a ``LocalMHA``), ``feed_forward`` and ``global_attention``; its
-            ``with_branches`` gives one around other cells.
-        training: whether dropout is active; ``set_train`` sets it.
-    """
-
-    num_tokens: int | None
-    max_seq_len: int
-    use_abs_pos_emb: bool
-    ngram_emb: Any
-    layers: Any
-    training: bool
+    num_tokens: int | None  # size of the vocabulary
+    max_seq_len: int  # how many learned positions there are
+    use_abs_pos_emb: bool  # if there are any
+    ngram_emb: Any  # None, or a cell whose ``context`` is the number of previous tokens that it needs
+    layers: Any  # each a ``Layer``
 
     def embed_next(self, tokens: Any, previous: Any, positions: Any) -> Any:
         """``tokens: (b, n)`` at ``positions: (n,)`` to ``(b, n, dim)``; ``previous``: 1 + the tokens before, or 0."""
@@ -34,6 +24,6 @@ class DecodableModel(Protocol):
     def logits(self, hidden: Any) -> Any:
         """``(b, n, dim) -> (b, n, num_tokens)``."""
 
-    def set_train(self, mode: bool) -> Any: ...
-
     def get_parameters(self) -> Any: ...
+
+    def cells_and_names(self) -> Any: ...

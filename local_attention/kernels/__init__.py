@@ -45,7 +45,14 @@ def training_kernels_run(cell: nn.Cell) -> bool:
     return kernels_run(cell) and has_gemm()
 
 
-def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+class Operator(ops.Custom):
+    """``ops.Custom``, which cannot be copied; as it has no state, a copy of a cell may share it."""
+
+    def __deepcopy__(self, memo: dict) -> "Operator":
+        return self
+
+
+def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) -> Operator:
     """An operator whose ``outputs`` have the ``shapes`` that a function gives for those of its inputs."""
     dtypes = ms.float32 if outputs == 1 else (ms.float32,) * outputs
-    return ops.Custom(f"{library()}:{name}", shapes, dtypes, func_type="aot")
+    return Operator(f"{library()}:{name}", shapes, dtypes, func_type="aot")

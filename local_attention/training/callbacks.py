@@ -321,7 +321,9 @@ class Sample(Event):
 
     def act(self) -> None:
         self.session = self.session or DecodingSession(self.model)
-        tokens = generate_tokens(self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, seed=self.seed)
+        tokens = generate_tokens(
+            self.session, self.prompt, self.length, temperature=0.8, top_p=0.95, num_tokens=256, seed=self.seed
+        )
         sampled = []
         for i, (token,) in enumerate(tokens):
             if i % STEPS_PER_CALL == 0:

@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-from local_attention.decoding.session import eval_mode
+from local_attention.mindspore_quirks import eval_mode
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed, digest_of
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Evaluator:
         rounds = math.ceil(len(batches) / world_size)
         batches += [[]] * (rounds * world_size - len(batches))
         sums = np.zeros((rounds, 2))  # nats and bytes of each batch of this process
-        with eval_mode(self.model):
+        with eval_mode([cell for _, cell in self.model.cells_and_names()]):
             for i, batch in enumerate(progress(batches[rank::world_size])):
                 before_batch()
                 if batch:

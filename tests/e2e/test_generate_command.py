@@ -2,7 +2,13 @@ import gzip
 import io
 import signal
 
+import numpy as np
 import pytest
+from mindspore import Tensor
+from safetensors.numpy import save_file
+
+from local_attention.torch_state import torch_state
+from tests.training.toys import tiny_transformer
 
 SAMPLE = ["run=runs/whole", "length=30", "temperature=1", "seed=1"]
 PROMPT = "class A: {b}, c"
@@ -110,3 +116,18 @@ def test_a_closed_pipe_ends_sampling_without_an_error(finished_run, commands):
         err = process.stderr.read().decode()
     assert process.returncode == 141
     assert "Traceback" not in err and "error" not in err
+
+
+def test_a_model_with_more_tokens_than_bytes_generates_bytes(commands):
+    """Its logits favour token 300."""
+    model = tiny_transformer(num_tokens=320)
+    favour = np.zeros((320, 16), np.float32)
+    favour[300] = 9
+    model.to_logits.weight.set_data(Tensor(favour))
+    model.norm.beta.set_data(Tensor(np.ones((1, 16), np.float32)))
+    save_file(torch_state(model), commands.folder / "wide.safetensors")
+    options = ["weights=wide.safetensors", "run_dir=runs/wide", "model.local_attn_window_size=8"]
+    assert commands.call("scripts/import_torch.py", *options).returncode == 0
+    result = commands.call("generate.py", "run=runs/wide", "length=20")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout) == 20

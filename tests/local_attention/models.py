@@ -15,7 +15,7 @@ SIZES = dict(
 NGRAMS = dict(max_ngram=4, ngram_buckets=97, ngram_dim=3)
 
 # The operators in C++ are optional: nothing but the speed of decoding on a CPU depends on them.
-needs_kernels = pytest.mark.skipif(library() is None, reason="pip found no C++ compiler to build kernels.cpp")
+needs_kernels = pytest.mark.skipif(library() is None, reason="pip found no C++ compiler to build the operators")
 with_and_without_kernels = pytest.mark.parametrize(
     "use_kernels", [pytest.param(True, marks=needs_kernels, id="kernels"), pytest.param(False, id="operators")]
 )

@@ -3,7 +3,9 @@
 A test named "... needed" fails with a MindSpore that has changed: then the workaround it names can go.
 """
 
+import gc
 from typing import NamedTuple
+from weakref import ref
 
 import einops
 import mindspore as ms
@@ -21,6 +23,7 @@ from local_attention.mindspore_quirks import (
     attach_hidden_parameter,
     call_without_checks,
     einops_steps,
+    eval_mode,
     tanh,
 )
 from tests.local_attention.cells import both_modes, in_a_graph, run, tensor, value_and_gradients
@@ -115,6 +118,72 @@ def test_values_assigned_in_place_reach_a_compiled_loop(mode, unchecked):
     assign_in_place(cell.weight, np.array([5, 6], np.float32))
     assert addresses_of([cell.weight]) == before
     assert run(cell, ONES, 2).tolist() == [25, 36]
+
+
+# eval_mode
+
+
+class Mode(nn.Cell):
+    """1 in training, else 0."""
+
+    def construct(self, x):
+        return x * 0 + (1 if self.training else 0)
+
+
+@both_modes
+def test_in_eval_mode_no_cell_is_in_training_and_afterwards_each_is_as_it_was(mode):
+    model = nn.CellList([Mode(), nn.SequentialCell(Mode(), Mode())])
+    cells = [cell for _, cell in model.cells_and_names()]
+    before = []
+    for cell, training in zip(cells, (True, False, False, True, False), strict=True):
+        before.append(cell.add_flags(training=training).training)
+    with pytest.raises(KeyboardInterrupt), eval_mode(cells):
+        assert not any(cell.training for cell in cells)
+        raise KeyboardInterrupt
+    assert [cell.training for cell in cells] == before
+
+
+@both_modes
+def test_a_graph_compiled_for_training_is_not_the_one_of_eval_mode(mode):
+    cell = Mode().set_train()
+    for _ in range(2):
+        assert run(cell, ONES).tolist() == [1, 1]
+        with eval_mode([cell]):
+            assert run(cell, ONES).tolist() == [0, 0]
+
+
+# A call with *arguments in a loop: decoding.step avoids it
+
+
+class Multiply(nn.Cell):
+    def construct(self, x, y):
+        return x * y
+
+
+class CallInALoop(nn.Cell):
+    """Calls a cell with arguments from a tuple."""
+
+    def __init__(self, starred):
+        super().__init__()
+        self.starred, self.multiply = starred, Multiply()
+
+    def construct(self, count, *inputs):
+        i, x = Tensor(0, ms.int32), inputs[0]
+        while i < count:
+            pair = (x, inputs[1])
+            x = self.multiply(*pair) if self.starred else self.multiply(pair[0], pair[1])
+            i = i + 1
+        return x
+
+
+@in_a_graph
+@pytest.mark.parametrize("starred", [True, False])
+def test_avoiding_starred_calls_in_loops_is_needed_as_their_cells_are_never_freed(mode, starred):
+    cell = CallInALoop(starred)
+    assert run(cell, 3, ONES, 2 * ONES).tolist() == [8, 8]
+    cell = ref(cell)
+    gc.collect()
+    assert (cell() is not None) == starred
 
 
 # attach_hidden_parameter

@@ -35,9 +35,10 @@ def test_hydra_parses_a_quoted_text_as_it_was(texts):
 
 
 def test_paths_may_refer_to_other_keys_and_prompts_may_not():
-    arguments = ["run=runs/s${seed}", "prompt=${seed}", "seed=3", "checkpoint=it's \\${seed}"]
+    arguments = ["run=runs/s${seed}", "prompt=${seed}", "stop=${seed}", "seed=3", "checkpoint=it's \\${seed}"]
     config = composed("generate", *(quote(argument, KEYS) for argument in arguments))
-    assert (config["run"], config["prompt"], config["checkpoint"]) == ("runs/s3", "${seed}", "it's ${seed}")
+    assert (config["run"], config["checkpoint"]) == ("runs/s3", "it's ${seed}")
+    assert (config["prompt"], config["stop"]) == ("${seed}", "${seed}")
 
 
 @pytest.mark.parametrize("value", ["null", "'a, b'", '"a, b"', "'it\\'s'", "''", "runs/a-1.b/c", "a.txt"])

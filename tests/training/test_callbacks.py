@@ -575,6 +575,7 @@ def test_the_continuation_of_the_prompt_is_recorded_and_logged(sample, caplog):
     assert "step      2  sample:\n    é\ufffd!" in caplog.messages[0]
     ((_, prompt, length, options),) = callback.calls
     assert (prompt, length, options["seed"]) == (b"a\x00", 4, 7)
+    assert options["num_tokens"] == 256  # bytes, whatever the model's vocabulary
 
 
 def test_samples_share_one_session_and_its_graph(sample):

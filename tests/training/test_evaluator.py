@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from data import Corpus
 from local_attention.training import evaluate
@@ -104,12 +104,8 @@ def test_a_shorter_stride_gives_bytes_more_context(evaluators, log_p):
 # Inputs and labels, tested with a fake model.
 
 
-class FakeModel:
-    training = True
-
-    def set_train(self, mode=True):
-        self.training = mode
-        return self
+class FakeModel(nn.Cell):
+    pass
 
 
 def fake_evaluator():

@@ -12,7 +12,7 @@ from local_attention import LocalAttention, LocalMHA, kernels
 from local_attention.backends import choose_backend, options_in_use
 from local_attention.backends.blocked import BlockedAttention
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.backends.fused import FusedAttention
 from local_attention.backends.fused_layers import FusedFeedForward
 from local_attention.decoding import DecodingSession
@@ -80,10 +80,11 @@ BACKENDS = {
     "cached, decoding": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA)),
     "cached, prefill": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA, count=4)),
     "cached_cpu": (CachedMHAOperator, LocalMHAOptions, partial(decode, CachedMHAOperator)),
+    "cached_cpu, prefill": (PrefillMHAOperator, LocalMHAOptions, partial(decode, PrefillMHAOperator, count=4)),
 }
 CELLS = {LocalAttentionOptions: LocalAttention, LocalMHAOptions: LocalMHA}
 PORTABLE = {LocalAttentionOptions: BlockedAttention, LocalMHAOptions: CachedMHA}
-IN_CPP = {"fused": needs_fused, "cached_cpu": needs_kernels}
+IN_CPP = {"fused": needs_fused, "cached_cpu": needs_kernels, "cached_cpu, prefill": needs_fused}
 LENGTH = 8
 
 
@@ -340,7 +341,7 @@ def feed_forward(name):
 @needs_kernels
 @every_option_of_the_feed_forward
 def test_the_operator_of_the_feed_forward_computes_all_its_options(name, rng):
-    assert name in FeedForwardOperator.computes, f"FeedForward has a new option, {name}, that kernels.cpp does not know"
+    assert name in FeedForwardOperator.computes, f"FeedForward has a new option, {name}, that decode.cpp does not know"
     cell, p = feed_forward(name)
     x = rng.standard_normal((3, 1, cell.to_out.weight.shape[0]))
     np.testing.assert_allclose(

@@ -12,7 +12,7 @@ from tests.local_attention.models import needs_kernels, sequences, transformer
 def test_the_kernels_are_there_wherever_they_can_be_built():
     """So that the tests that need them are skipped for want of a compiler alone."""
     can_build = platform.system() == "Linux" and which("g++") is not None
-    assert library() is not None or not can_build, "pip had g++ but did not build kernels.cpp: install again with -v"
+    assert library() is not None or not can_build, "pip had g++ but did not build the operators: install again with -v"
 
 
 @needs_kernels

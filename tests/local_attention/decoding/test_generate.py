@@ -7,7 +7,14 @@ import pytest
 
 from local_attention.decoding import DecodingSession, UncachedSession, generate_tokens
 from tests.local_attention.cells import in_a_graph, run, tensor
-from tests.local_attention.models import NGRAMS, NUM_TOKENS, sequences, transformer
+from tests.local_attention.models import (
+    NGRAMS,
+    NUM_TOKENS,
+    DecodableMean,
+    needs_kernels,
+    sequences,
+    transformer,
+)
 
 # generate_tokens
 
@@ -124,7 +131,7 @@ def test_several_steps_per_call_sample_what_one_step_per_call_does(options):
         UncachedSession(model, 2),
     ):
         sampled.append(np.stack(list(generate_tokens(session, sequences(2, 3), 13, seed=3, top_p=0.9)), 1))
-        assert session.length == 15  # all but the last one sampled
+        assert session.newest[:, -1].tolist() == sampled[-1][:, -2].tolist()  # all but the last one are appended
     np.testing.assert_array_equal(sampled[1], sampled[0])
     np.testing.assert_array_equal(sampled[2], sampled[0])
 
@@ -144,9 +151,133 @@ def test_no_token_is_sampled_for_a_length_of_zero():
     assert list(generate_tokens(shared_session(1), [1], 0)) == []
 
 
+def test_a_negative_length_is_refused():
+    with pytest.raises(ValueError, match="expected a length >= 0, or None, got -1"):
+        next(generate_tokens(shared_session(1), [1], -1))
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="at least one token"):
         next(generate_tokens(shared_session(1), [], 3))
+
+
+# Only the first tokens of the vocabulary
+
+
+@cache
+def model_that_favours_the_300th():
+    model = transformer(num_tokens=320)
+    weight, bias = np.zeros((320, 6)), np.zeros((1, 6))
+    weight[:, 0], bias[0, 0] = np.arange(320) == 300, 20.0
+    model.norm.gamma.set_data(tensor(np.zeros((1, 6))))
+    model.norm.beta.set_data(tensor(bias))
+    model.to_logits.weight.set_data(tensor(weight))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("mode", "session"),
+    [
+        ("eager", lambda model: UncachedSession(model, 2)),
+        ("eager", lambda model: DecodingSession(model, 2, use_kernels=False)),
+        pytest.param("eager", lambda model: DecodingSession(model, 2, use_kernels=True), marks=needs_kernels),
+        ("graph", lambda model: DecodingSession(model, 2)),
+    ],
+    ids=["uncached", "operators", "kernels", "graph"],
+    indirect=["mode"],
+)
+def test_only_the_first_num_tokens_are_drawn(mode, session):
+    session = session(model_that_favours_the_300th())
+
+    def drawn(**options):
+        return np.stack(list(generate_tokens(session, [1, 2], 8, **options)))
+
+    assert (drawn() == 300).all() and (drawn(num_tokens=400) == 300).all()
+    assert (drawn(temperature=0, num_tokens=256) < 256).all()
+    sampled = drawn(num_tokens=256)
+    assert (sampled < 256).all() and len(set(sampled.flatten())) > 8  # of 256 that are equally likely
+
+
+# Rows of different lengths
+
+LENGTHS = [3, 8, 1]
+OF_LENGTHS = {
+    "rotary": dict(use_abs_pos_emb=False),
+    "xPos": dict(use_xpos=True, use_abs_pos_emb=False, look_backward=2),
+    "learned positions": dict(use_rotary_pos_emb=False),
+    "n-grams and restarts": dict(max_seq_len=7, **NGRAMS),
+    "hyper-connections": dict(num_residual_streams=3, depth=2),
+}
+OF_LENGTHS_SLOW = {
+    "whole windows": dict(exact_windowsize=False),
+    "restarts": dict(max_seq_len=6),
+    "n-grams": dict(use_abs_pos_emb=False, **NGRAMS),
+    "dynamic bias": dict(use_dynamic_pos_bias=True),
+    "global layer": dict(global_attn_layer=DecodableMean(6)),
+}
+
+
+def padded(rows, padding=-7):
+    """``(b, n)``, with anything to the right of the rows."""
+    array = np.full((len(rows), 1 + max(map(len, rows))), padding)
+    for filled, row in zip(array, rows, strict=True):
+        filled[: len(row)] = row
+    return array
+
+
+def rows_of(lengths):
+    return [sequences(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+def test_greedy_rows_of_different_lengths_are_those_of_each_row_alone():
+    model, rows = transformer(seed=1, exact_windowsize=False), rows_of(LENGTHS)
+    together = model.generate(padded(rows), 15, temperature=0, lengths=LENGTHS).asnumpy().tolist()
+    assert together == [model.generate([row], 15, temperature=0).asnumpy()[0].tolist() for row in rows]
+    assert len(set(map(tuple, together))) == 3  # no model that always says the same
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, id=name) for name, options in OF_LENGTHS.items()]
+    + [pytest.param(options, id=name, marks=pytest.mark.slow) for name, options in OF_LENGTHS_SLOW.items()],
+)
+def test_rows_of_different_lengths_are_continued_as_if_each_were_alone(options):
+    """12 tokens, several windows of 3, after prompts of 1 to 8; with the cache and without it."""
+    model, rows = transformer(seed=1, **options), rows_of(LENGTHS)
+    sampling = dict(seed=5, filter_thres=0)
+    with_cache, without = (
+        model.generate(padded(rows), 12, lengths=LENGTHS, use_kv_cache=use, **sampling).asnumpy().tolist()
+        for use in (True, False)
+    )
+    assert with_cache == [model.generate([row] * 3, 12, **sampling).asnumpy()[i].tolist() for i, row in enumerate(rows)]
+    assert without == with_cache
+    assert len(set(map(tuple, with_cache))) == 3
+
+
+@in_a_graph
+@pytest.mark.parametrize("use_kernels", [None, pytest.param(False, marks=pytest.mark.slow)])
+def test_rows_of_different_lengths_in_a_graph_with_prefill(mode, use_kernels):
+    model, lengths = transformer(seed=1, **NGRAMS), [9, 30, 14]
+    rows = rows_of(lengths)
+    session = DecodingSession(model, 3, prefill_chunk=4, prefill_threshold=6, steps_per_call=5, use_kernels=use_kernels)
+    tokens = np.stack(list(generate_tokens(session, padded(rows), 12, lengths=lengths, temperature=0)), 1)
+    assert set(session.graphs) == {1, 4}
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    alone = [np.stack(list(generate_tokens(UncachedSession(model, 1), row, 12, temperature=0)), 1)[0] for row in rows]
+    np.testing.assert_array_equal(tokens, alone)
+
+
+def test_lengths_may_be_a_tensor_and_all_alike():
+    model, rows = shared_model(), sequences(2, 3)
+    alike = model.generate(padded(rows.tolist()), 5, temperature=0, lengths=tensor([3, 3]))
+    assert (alike == model.generate(rows, 5, temperature=0)).all()
+    assert model.generate(rows, 0, lengths=[1, 3]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("lengths", [[0, 3], [3, 4], [3], [3, 3, 3], [[3, 3]], [1.0, 2.0], 3, []])
+def test_lengths_outside_the_prime_are_refused(lengths):
+    with pytest.raises(ValueError, match="expected 2 lengths from 1 to 3, got"):
+        shared_model().generate(sequences(2, 3), 5, lengths=lengths)
 
 
 # LocalTransformer.generate
@@ -159,6 +290,42 @@ def model_with_positions():
 
 def prime(*shape):
     return tensor(sequences(*shape))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [np.ndarray.tolist, lambda x: x.astype(np.uint8), lambda x: x.astype(np.int64), lambda x: ms.Tensor(x, ms.int16)],
+    ids=["lists", "uint8", "int64", "int16 tensor"],
+)
+def test_a_prime_may_be_lists_or_an_array_or_a_tensor_of_any_integers(convert):
+    model, x = model_with_positions(), sequences(2, 3)
+    assert (model.generate(convert(x), 5, temperature=0) == model.generate(tensor(x), 5, temperature=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("prime", "got"),
+    [
+        ([1, 2, 3], r"int64 of shape \(3,\)"),
+        ([[1.0, 2.0]], r"float64 of shape \(1, 2\)"),
+        (ms.Tensor([[1.0, 2.0]], ms.bfloat16), r"bfloat16 of shape \(1, 2\)"),
+        ([[True, False]], r"bool of shape \(1, 2\)"),
+        ([[[1]]], r"int64 of shape \(1, 1, 1\)"),
+        ([[1, 2], [3]], "rows of different lengths"),
+        ([[]], r"float64 of shape \(1, 0\)"),
+        (tensor(np.zeros((0, 3), int)), r"int32 of shape \(0, 3\)"),
+        ("text", r"<U4 of shape \(\)"),
+    ],
+    ids=str,
+)
+def test_a_prime_of_another_shape_or_type_is_refused(prime, got):
+    with pytest.raises(ValueError, match=rf"expected prime: \(b, n\) integers, n >= 1 \(pad .* lengths\), got {got}"):
+        model_with_positions().generate(prime, 3)
+
+
+@pytest.mark.parametrize(("prime", "outside"), [([[1, 11]], 11), ([[-1, 1]], -1), ([[2**33, 1]], 2**33)])
+def test_tokens_that_the_vocabulary_does_not_have_are_refused(prime, outside):
+    with pytest.raises(ValueError, match=f"expected tokens from 0 to 10, got {outside}$"):
+        model_with_positions().generate(prime, 3)
 
 
 @pytest.mark.parametrize("use_kv_cache", [True, False])

@@ -90,6 +90,19 @@ def test_top_p_counts_after_the_temperature():
     assert np.count_nonzero(frequencies(logits, temperature=0.05, top_p=0.6)) == 1
 
 
+@for_all(15, 50, different_logits, st.integers(1, 6), top_ks, st.sampled_from([0.3, 1, 1e38]))
+def test_only_the_first_num_tokens_are_sampled_as_if_there_were_no_others(logits, num_tokens, top_k, temperature):
+    first = logits[:num_tokens]
+    kept = first >= np.sort(first)[-min(top_k or 5, len(first))]
+    wanted = np.zeros(VOCABULARY)
+    wanted[: len(first)] = softmax(np.where(kept, first / temperature, -np.inf))
+    assert_frequencies(logits, wanted, top_k=top_k, temperature=temperature, num_tokens=num_tokens)
+
+
+def test_the_most_likely_of_the_first_tokens_is_taken_at_temperature_zero():
+    assert frequencies([0.0, 1.0, 0.5, 90.0, 0.2], temperature=0, num_tokens=3).tolist() == [0, 1, 0, 0, 0]
+
+
 def test_a_logit_of_minus_infinity_is_never_sampled():
     assert_frequencies([0.0, -np.inf, 0.0, -np.inf, -np.inf], [0.5, 0, 0.5, 0, 0])
 
@@ -109,7 +122,7 @@ def test_a_vocabulary_may_hold_a_single_token():
     assert sampled([0.3], [0.0, 0.9], Sampler(1)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("options", [dict(top_k=0), dict(top_k=-1), dict(temperature=-0.5)])
+@pytest.mark.parametrize("options", [dict(top_k=0), dict(top_k=-1), dict(temperature=-0.5), dict(num_tokens=0)])
 def test_options_without_meaning_are_refused(options):
-    with pytest.raises(ValueError, match="expected temperature >= 0 and top_k >= 1"):
+    with pytest.raises(ValueError, match="expected temperature >= 0, top_k >= 1 and num_tokens >= 1"):
         sampling_rule(5, **options)

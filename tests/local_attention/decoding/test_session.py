@@ -5,13 +5,12 @@ import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from mindspore import nn
 
 from local_attention import LocalTransformer
-from local_attention.decoding import DecodingSession, UncachedSession, session_for
-from local_attention.decoding.session import kept_session
+from local_attention.decoding import DecodingSession, UncachedSession
+from local_attention.decoding.sampling import sampling_rule
 from local_attention.options import LocalTransformerOptions
-from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run, tensor
+from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run
 from tests.local_attention.models import (
     NGRAMS,
     NUM_TOKENS,
@@ -199,12 +198,19 @@ def test_the_kernels_are_refused_where_they_cannot_be_used():
 # A model and its sessions
 
 
-def test_decoding_in_the_midst_of_training_drops_nothing_and_leaves_the_model_in_training():
-    model = transformer(attn_dropout=0.5, ff_dropout=0.5)
+@pytest.mark.parametrize("session", [DecodingSession, UncachedSession])
+@pytest.mark.parametrize("training", [True, False])
+def test_decoding_drops_nothing_and_leaves_each_cell_as_it_was(session, training):
+    model = transformer(depth=2, attn_dropout=0.5, ff_dropout=0.5)
     full = run(model.set_train(False), sequences(1, 6))
-    model.set_train()
-    np.testing.assert_allclose(DecodingSession(model).feed(sequences(1, 6)), full, atol=1e-4)
-    assert model.training and model.layers[0].training
+    model.set_train(training)
+    model.layers[0].set_train(not training)
+    modes = [cell.training for _, cell in model.cells_and_names()]
+    decoder = session(model, 1)
+    np.testing.assert_allclose(decoder.feed(sequences(1, 6)), full, atol=1e-4)
+    decoder.sample([[1]], np.zeros((1, 1)), sampling_rule(NUM_TOKENS))
+    assert [cell.training for _, cell in model.cells_and_names()] == modes
+    assert len(set(modes)) == 2
 
 
 def test_two_sessions_of_one_model_do_not_disturb_each_other():
@@ -241,18 +247,26 @@ def test_a_session_follows_the_weights_of_its_model(mode):
     np.testing.assert_allclose(session.feed(x), run(model, x), atol=1e-4)
 
 
-def test_a_model_keeps_its_last_session_for_the_same_batch():
-    model = transformer()
-    session = kept_session(model, 2)
-    assert session_for(model, 2) is session is kept_session(model, 2)
-    assert kept_session(model, 1) is not session
-    assert kept_session(transformer(), 2) is not session
-
-
 @pytest.mark.parametrize("options", [dict(causal=False), dict(num_tokens=None)])
 def test_a_model_that_cannot_be_decoded_is_refused(options):
     with pytest.raises(ValueError, match="causal model with num_tokens"):
         DecodingSession(LocalTransformer(**SIZES | options))
+
+
+@pytest.mark.parametrize("session", [DecodingSession, UncachedSession])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1.0]], r"expected tokens: \(b,\) or \(b, n\) integers, got float64 of shape \(1, 1\)"),
+        ([[]], r"expected tokens: .*, got float64 of shape \(1, 0\)"),
+        ([[[1]]], r"expected tokens: .*, got int64 of shape \(1, 1, 1\)"),
+        ([11], "expected tokens from 0 to 10, got 11"),
+        ([[1, -5]], "expected tokens from 0 to 10, got -5"),
+    ],
+)
+def test_what_are_no_tokens_of_the_vocabulary_is_not_fed(session, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        session(model_with_positions(7), 1).feed(tokens)
 
 
 # Restarts of the context, where learned positions run out
@@ -288,12 +302,14 @@ def test_of_a_prompt_beyond_max_seq_len_only_what_counts_is_computed(limit, prom
             session.feed(sequences(1, fed_before, seed=1))
         session.computed = 0
     x, uniforms = sequences(1, prompt), np.zeros((1, 1))
-    sessions[0].sample(x, uniforms, None)
-    if prompt > 1:
-        sessions[1].feed(x[:, :-1])
-    sessions[1].sample(x[:, -1:], uniforms, None)
     at_once, fed = sessions
-    assert at_once.seen == fed.seen and at_once.length == fed.length and at_once.position == fed.position
+    at_once.append(x[:, :-1])
+    if prompt > 1:
+        fed.feed(x[:, :-1])
+    for session in sessions:
+        session.sample(x[:, -1:], uniforms, None)
+    np.testing.assert_array_equal(at_once.newest, fed.newest)
+    assert at_once.position == fed.position
     assert at_once.computed <= min(fed.computed, 2 * limit)
 
 
@@ -303,19 +319,17 @@ def model_with_positions(limit):
 
 
 class CountingSession(UncachedSession):
-    """Computes nothing, but counts the tokens that it would have computed, and notes which the newest one sees."""
+    """Computes nothing, but counts the tokens that it would have computed."""
 
     computed = 0
 
-    def advance(self, tokens):
-        self.context = np.concatenate([self.context, tokens], 1)
+    def logits_after(self, tokens):
         self.computed += tokens.shape[1]
         return np.zeros((*tokens.shape, NUM_TOKENS), np.float32)
 
     def sample_some(self, tokens, uniforms, rule):
-        self.advance(tokens[:, None])
-        self.seen = self.context.tolist()
-        return tokens[:, None]
+        self.logits_after(tokens[:, :1])
+        return tokens[:, :1]
 
 
 # Global layers
@@ -337,64 +351,3 @@ def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, optio
 def test_a_global_layer_without_one_is_refused():
     with pytest.raises(ValueError, match="a method decoding_cell"):
         DecodingSession(transformer(global_attn_layer=Mean(6)))
-
-
-def test_a_model_with_such_a_layer_gets_a_session_without_a_cache_and_a_warning():
-    with pytest.warns(UserWarning, match="no method decoding_cell: each token computes the whole context again"):
-        assert isinstance(session_for(transformer(global_attn_layer=nn.Dense(6, 6)), 1), UncachedSession)
-
-
-# LocalTransformer(cache=, return_cache=)
-
-
-@pytest.mark.parametrize(
-    "options", [NGRAMS, dict(use_xpos=True, use_abs_pos_emb=False), dict(global_attn_layer=DecodableMean(6))]
-)
-def test_a_cache_stands_for_the_tokens_it_was_made_of(options):
-    model, x = transformer(**options), sequences(2, 9)
-    full = run(model, x)
-    logits, cache = model(tensor(x[:, :5]), return_cache=True)
-    np.testing.assert_allclose(logits.asnumpy(), full[:, :5], atol=1e-4)
-    for n in (6, 7):
-        logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
-        assert logits.shape == (2, 1, NUM_TOKENS)
-        np.testing.assert_allclose(logits.asnumpy(), full[:, n - 1 : n], atol=1e-4)
-    np.testing.assert_allclose(model(tensor(x), cache=cache).asnumpy(), full[:, 7:], atol=1e-4)
-
-
-@in_a_graph
-@with_and_without_kernels
-def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels, monkeypatch):
-    model, x = transformer(), sequences(2, 8)
-    session = DecodingSession(model, 2, use_kernels=use_kernels)
-    monkeypatch.setitem(vars(model), "_decoding_session", session)
-    _, cache = model(tensor(x[:, :6]), return_cache=True)
-    for seed in (1, 2):
-        other = np.concatenate([x[:, :6], sequences(2, 2, seed=seed)], 1)
-        np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
-    assert kept_session(model, 2) is session  # else this tested the default
-
-
-def test_a_cache_outlives_the_length_of_learned_positions():
-    model, x, session = transformer(max_seq_len=6), sequences(1, 15), DecodingSession(transformer(max_seq_len=6))
-    _, cache = model(tensor(x[:, :5]), return_cache=True)
-    wanted = session.feed(x)
-    for n in range(6, 16):
-        logits, cache = model(tensor(x[:, :n]), cache=cache, return_cache=True)
-        np.testing.assert_allclose(logits.asnumpy()[:, 0], wanted[:, n - 1], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "message"),
-    [
-        ((2, 5), {}, "with n > 5"),
-        ((1, 7), {}, r"expected tokens \(2, n\)"),
-        ((2, 7), dict(return_loss=True), "no mask and no return_loss"),
-        ((2, 7), dict(mask=ms.Tensor(np.ones((2, 7), bool))), "no mask and no return_loss"),
-    ],
-)
-def test_what_does_not_fit_a_cache_is_refused(shape, options, message):
-    model = transformer()
-    _, cache = model(tensor(sequences(2, 5)), return_cache=True)
-    with pytest.raises(ValueError, match=message):
-        model(tensor(sequences(*shape)), cache=cache, **options)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
@@ -13,7 +13,7 @@ from tests.local_attention.models import needs_kernels, sequences, transformer, 
 
 def decode_step(model, count=1, use_kernels=False):
     cache = KVCache(model, 2)
-    return DecodeStep(model, 2, count, cache, [], use_kernels), cache
+    return DecodeStep(model, cache, count, [], use_kernels), cache
 
 
 @with_and_without_kernels
@@ -30,23 +30,24 @@ def test_a_step_gives_the_logits_after_each_of_its_tokens(count, use_kernels):
 
 
 @needs_kernels
-def test_single_tokens_are_decoded_by_the_kernels_and_several_by_the_portable_backend():
+def test_tokens_are_decoded_by_the_operators_in_cpp_for_one_or_for_several():
     model = transformer(depth=2)
     for count, use_kernels, attention, feed_forward in [
         (1, True, CachedMHAOperator, FeedForwardOperator),
         (1, False, CachedMHA, FeedForward),
-        (3, True, CachedMHA, FeedForward),
+        (3, True, PrefillMHAOperator, FeedForward),
+        (3, False, CachedMHA, FeedForward),
     ]:
         for layer in decode_step(model, count, use_kernels)[0].layers:
             assert (type(layer.attention), type(layer.feed_forward)) == (attention, feed_forward)
 
 
-def test_a_loop_decodes_given_tokens_and_then_those_it_samples():
-    model, x, count = transformer(), sequences(2, 3), 5
+def test_a_loop_decodes_given_tokens_and_where_there_is_none_the_one_it_sampled_just_before():
+    model, x, count = transformer(), sequences(2, 4), 5
     step, cache = decode_step(model)
     loop = DecodeLoop(step, 7, 11)
     given = np.full((7, 2), -1)
-    given[:3] = x.T
+    given[:4, 0], given[:2, 1] = x[0], x[1, :2]
     sampled, logits = loop(
         tensor(count),
         tensor(given),
@@ -56,7 +57,8 @@ def test_a_loop_decodes_given_tokens_and_then_those_it_samples():
         *map(tensor, cache.step_inputs(0, 7, 1, 1)),
     )
     sampled, logits = sampled.asnumpy(), logits.asnumpy()
-    full = run(model, np.concatenate([x, sampled[2:4].T], 1))
+    decoded = [[*x[0], *sampled[3:4, 0]], [*x[1, :2], *sampled[1:4, 1]]]
+    full = run(model, decoded)
     np.testing.assert_allclose(logits[:count].swapaxes(0, 1), full, atol=1e-4)
     np.testing.assert_array_equal(sampled[:count].T, full.argmax(-1))
     assert (logits[count:] == 0).all()
