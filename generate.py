@@ -1,15 +1,11 @@
 """Sample text from a trained run: ``python generate.py run=RUN_DIR prompt="== History =="``; README.md shows how."""
 
-from omegaconf import DictConfig
-
 from local_attention.training.command import command
 from local_attention.training.config import GenerateConfig, generate_config
 
 
-@command("generate", GenerateConfig)
-def main(composed: DictConfig) -> int | None:
-    config = generate_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("generate", GenerateConfig, generate_config)
+def main(config: GenerateConfig) -> int | None:
     import os
     import signal
     import sys

@@ -1,15 +1,11 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
-from omegaconf import DictConfig
-
 from local_attention.training.command import command
 from local_attention.training.config import RunConfig, run_config
 
 
-@command("train", RunConfig)
-def main(composed: DictConfig) -> int | None:
-    config = run_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("train", RunConfig, run_config)
+def main(config: RunConfig) -> int | None:
     import mindspore as ms
     from hydra.core.hydra_config import HydraConfig
 

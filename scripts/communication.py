@@ -18,8 +18,8 @@ os.environ.setdefault("GLOG_v", "3")
 
 from hydra import compose, initialize_config_dir
 
+from local_attention.training.arguments import CONFIGS
 from local_attention.training.build import build_model
-from local_attention.training.command import CONFIGS
 from local_attention.training.config import RunConfig, run_config
 
 RECIPES = (

@@ -3,12 +3,20 @@
     python scripts/compare.py runs/quickstart               # all runs below a folder
     python scripts/compare.py RUN_DIR RUN_DIR
 
-A run that has not ended is marked with "…" and shows its latest validation score.
+Settings that are the same in all runs are left out, and those that only say where and when something is written. What
+most runs have in common is printed once, below the table.
+
+A run marked with "…" has no final scores, as it has not ended, or has been continued since. It shows the latest score
+of an evaluation, on the first bytes of the validation split.
 """
 
 import argparse
 import json
+import os
+import shutil
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,68 +26,117 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.checkpoint import Checkpoints, tensor_sizes
-from local_attention.training.schema import flatten
+from local_attention.training.errors import CheckpointError
+from local_attention.training.metrics import read_records
+from local_attention.training.schema import flatten, format_value
 from local_attention.training.terminal import accept_any_output
 
 HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
-NOT_COMPARED = ("run_dir", "resume")
+NUMBERS = (
+    *(("params", ","), ("steps", ","), ("bytes_seen", ","), ("val_bpb", ".4f"), ("test_bpb", ".4f")),
+    ("bytes_per_s", ",.0f"),
+)
+NOT_COMPARED = (
+    *("run_dir", "resume", "data.dir", "train.log_every", "train.eval_every", "train.checkpoint_every"),
+    *("train.keep_last", "train.generate_every", "train.generate_length", "train.profile"),
+)
+MIN_SETTINGS = 40  # characters of the last column, however narrow the terminal is
 
 
 def runs_below(folders: Iterable[str | Path]) -> list[Path]:
-    """Return all run directories in ``folders``, without duplicates."""
-    return sorted({path.parent for folder in folders for path in Path(folder).rglob("config.yaml")})
+    """Return all run directories in ``folders``, also behind links, each once."""
+    found: dict[Path, Path] = {}
+    seen = set()
+    for folder in folders:
+        for path, subfolders, files in os.walk(folder, followlinks=True):
+            real = Path(path).resolve()
+            if real in seen:
+                subfolders.clear()
+            elif "config.yaml" in files:
+                found[real] = Path(path)
+            seen.add(real)
+    return sorted(found.values())
 
 
 def describe(run_dir: Path) -> dict[str, Any]:
     """Return the figures of a run; unknown ones are missing or None."""
+    figures = read_metrics(run_dir)
     summary = run_dir / "summary.json"
-    figures = json.loads(summary.read_text()) if summary.exists() else read_metrics(run_dir / "metrics.jsonl")
-    checkpoint = Checkpoints(run_dir / "checkpoints").find("last")
-    sizes = tensor_sizes(checkpoint) if checkpoint else {}
-    figures["params"] = sum(size for name, size in sizes.items() if name.startswith("model.")) or None
-    figures["settings"] = flatten(yaml.safe_load((run_dir / "config.yaml").read_text()))
-    return {"run": str(run_dir) + ("" if summary.exists() else " …"), **figures}
+    final = json.loads(summary.read_text()) if summary.exists() else {}
+    is_of_newest_step = final.get("steps", -1) >= figures.get("steps", 0)
+    if is_of_newest_step:
+        figures |= {key: value for key, value in final.items() if value is not None}
+    figures["is_final"] = is_of_newest_step and final.get("val_bpb") is not None
+    figures["params"] = number_of_weights(run_dir)
+    figures["settings"] = flatten(yaml.safe_load((run_dir / "config.yaml").read_text()) or {})
+    return {"run": str(run_dir), **figures}
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Return the latest figures of a run without a summary."""
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """Return the latest figures that a run has recorded while it trained."""
     figures: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:  # incomplete, after a crash
-            continue
+    for record in read_records(run_dir):
         figures |= dict(steps=record["step"], bytes_seen=record["bytes_seen"])
         if record["kind"] == "train":
             figures["bytes_per_s"] = record["bytes_per_s"]
-        elif record["kind"] == "eval" and not record.get("whole_split"):  # that is of an earlier end of the run
+        elif record["kind"] == "eval" and "whole_split" not in record:  # that is of an earlier end of the run
             figures[f"{record['split']}_bpb"] = record["bpb"]
     return figures
 
 
-def table(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of the table for the results of :func:`describe`."""
+def number_of_weights(run_dir: Path) -> int | None:
+    try:
+        checkpoint = Checkpoints(run_dir / "checkpoints").find("last")
+    except CheckpointError:  # all are corrupt
+        return None
+    sizes = tensor_sizes(checkpoint) if checkpoint else {}
+    return sum(size for name, size in sizes.items() if name.startswith("model.")) or None
+
+
+def differences(settings: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """The settings of each run that not all runs share, without those of most runs; and the latter."""
+    keys = sorted({key for each in settings for key in each} - set(NOT_COMPARED))
+    own: list[list[str]] = [[] for _ in settings]
+    common = []
+    for key in keys:
+        values = [f"{key}={format_value(each.get(key))}" for each in settings]
+        most_common, count = Counter(values).most_common(1)[0]
+        if len(settings) / 2 < count < len(settings):
+            common.append(most_common)
+        for value, of_run in zip(values, own, strict=True):
+            if count <= len(settings) / 2 or value != most_common:
+                of_run.append(value)
+    return [" ".join(of_run) for of_run in own], common
+
+
+def table(runs: list[dict[str, Any]], width: int = 160) -> Iterator[str]:
+    """Yield the lines of the table for the results of :func:`describe`, with settings wrapped at ``width``."""
 
     def score(run: dict[str, Any]) -> float:
         return next((run[key] for key in ("test_bpb", "val_bpb") if run.get(key) is not None), float("inf"))
 
-    settings = [run["settings"] for run in runs]
-    keys = sorted({key for each in settings for key in each} - set(NOT_COMPARED))
-    differing = [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+    def cells(run: dict[str, Any]) -> list[str]:
+        numbers = ["-" if run.get(key) is None else format(run[key], form) for key, form in NUMBERS]
+        return [run["run"] + ("" if run["is_final"] else " …"), *numbers]
 
-    def number(run: dict[str, Any], key: str, form: str) -> str:
-        return "-" if run.get(key) is None else format(run[key], form)
+    runs = sorted(runs, key=score)
+    own, common = differences([run["settings"] for run in runs])
+    rows = [HEADER[:-1], *map(cells, runs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    indent = sum(widths) + 2 * len(widths)
+    for row, settings in zip(rows, [HEADER[-1], *own], strict=True):
+        aligned = [cell.rjust(size) if i else cell.ljust(size) for i, (cell, size) in enumerate(zip(row, widths))]
+        first, *rest = wrapped(settings, max(MIN_SETTINGS, width - indent)) or [""]
+        yield "  ".join([*aligned, first]).rstrip()
+        yield from (" " * indent + line for line in rest)
+    if common:
+        yield from wrapped(f"Unless given, as in most runs: {' '.join(common)}", width)
+    if not all(run["is_final"] for run in runs):
+        yield "… no final scores, as the run has not ended or was continued: the latest evaluation while it trained"
 
-    rows: list[tuple[str, ...]] = [HEADER]
-    for run in sorted(runs, key=score):
-        changes = " ".join(f"{key}={run['settings'].get(key)}" for key in differing)
-        numbers = [("params", ","), ("steps", ","), ("bytes_seen", ","), ("val_bpb", ".4f"), ("test_bpb", ".4f")]
-        cells = [number(run, key, form) for key, form in [*numbers, ("bytes_per_s", ",.0f")]]
-        rows.append((run["run"], *cells, changes))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
-    for row in rows:
-        aligned = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-        yield "  ".join([*aligned, row[-1]]).rstrip()
+
+def wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def main() -> int:
@@ -91,7 +148,7 @@ def main() -> int:
     if not runs:
         print(f"error: no run in {', '.join(folders)}: expected a directory with a config.yaml", file=sys.stderr)
         return 2
-    print("\n".join(table([describe(run) for run in runs])))
+    print("\n".join(table([describe(run) for run in runs], shutil.get_terminal_size((160, 24)).columns)))
     return 0
 
 

@@ -98,4 +98,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except UsageError as error:
-        sys.exit(print_error(error, error.exit_status))
+        print_error(error)
+        sys.exit(error.exit_status)

@@ -3,18 +3,14 @@
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
 from local_attention.training.config import EvaluateConfig, evaluate_config, fill_from_checkpoint
 
 
-@command("evaluate", EvaluateConfig)
-def main(composed: DictConfig) -> None:
-    config = evaluate_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("evaluate", EvaluateConfig, evaluate_config)
+def main(config: EvaluateConfig) -> None:
     import logging
     from functools import partial
 

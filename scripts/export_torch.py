@@ -42,10 +42,8 @@ def export_config(config: DictConfig | dict[str, Any]) -> ExportConfig:
     return export
 
 
-@command("export_torch", ExportConfig)
-def main(composed: DictConfig) -> None:
-    config = export_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("export_torch", ExportConfig, export_config)
+def main(config: ExportConfig) -> None:
     from local_attention.torch_state import torch_state
     from local_attention.training.build import load_model
     from local_attention.training.run_dir import checkpoint_of

@@ -179,10 +179,8 @@ def simplest_ff_mult(dim: int, inner: int) -> float:
         digits += 1
 
 
-@command("import_torch", ImportConfig)
-def main(composed: DictConfig) -> None:
-    config = import_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("import_torch", ImportConfig, import_config)
+def main(config: ImportConfig) -> None:
     import yaml
 
     from local_attention.torch_state import load_torch_state

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from local_attention.training.command import command
@@ -15,10 +13,8 @@ from local_attention.training.config import ScoreConfig, score_config
 CHUNK = 2**14  # bytes that are read at a time
 
 
-@command("score", ScoreConfig)
-def main(composed: DictConfig) -> None:
-    config = score_config(composed)  # mistakes in the config end here, before the imports, which take seconds
-
+@command("score", ScoreConfig, score_config)
+def main(config: ScoreConfig) -> None:
     import numpy as np
     from tqdm import tqdm
 

@@ -5,53 +5,61 @@ SIGTERM.
 """
 
 import os
-import re
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
-from pathlib import Path
+from typing import Any
 
 import hydra
-import yaml
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from local_attention.training.schema import format_value, keys_of, unknown_key
+from local_attention.training.arguments import CONFIGS, SWEEP, groups_of, quote, split
+from local_attention.training.errors import UsageError
+from local_attention.training.schema import as_dict, flatten, format_value, keys_of, unknown_key
 from local_attention.training.signals import deliver_to_python
+from local_attention.training.sweep import sweep
 from local_attention.training.terminal import accept_any_output, discard_unwritten_output
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Keys for files and directories that must exist, and what is said of one that does not.
+MISSING = {
+    **dict.fromkeys(("data.path", "data.val_path", "data.test_path"), " does not exist: check the path"),
+    **dict.fromkeys(("checkpoint", "file", "prompt_file", "weights"), ": No such file or directory"),
+    **dict.fromkeys(("resume", "init_from"), ": no such run directory or checkpoint"),
+    "run": ": no such run directory",
+}
+NO_PATHS = (None, "auto", "best", "last", "-")  # other values of these keys
 
-QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-
-PLAIN_PATH = re.compile(r"[\w./-]*/[\w./-]*", re.ASCII)
-
-Task = Callable[[DictConfig], int | None]
+Task = Callable[[Any], int | None]
 
 
-def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], None]]:
+def command(config_name: str, schema: type, check: Callable[[DictConfig], Any]) -> Callable[[Task], Callable[[], None]]:
     """Decorate ``task(config)``, which returns None or an exit status, as a command-line program.
 
+    A task imports by itself what takes seconds, as mistakes in the config end the program before.
+
     Args:
-        config_name: the task gets the config that Hydra composes from ``configs/{config_name}.yaml``.
+        config_name: the config is what Hydra composes from ``configs/{config_name}.yaml``, checked.
         schema: the dataclass of that config; ``--help`` explains its keys, and a mistyped key is compared with them.
+        check: turns what Hydra has composed into a ``schema``, or raises ``UsageError``.
     """
-    text = {key for key, described in keys_of(schema).items() if described.kind == "string"}
+    keys = keys_of(schema)
+
+    def checked(composed: DictConfig) -> Any:
+        config = check(composed)
+        require_files(config)
+        return config
 
     def decorate(task: Task) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
         @wraps(task)
-        def run(config: DictConfig) -> None:
-            try:
-                status = run_task(task, config)
-            except Exception:  # a bug: show the whole traceback
-                traceback.print_exc()
-                status = 1
+        def run(composed: DictConfig) -> None:
+            status, _ = run_task(lambda composed: task(checked(composed)), composed)
             if status:
                 sys.exit(status)
 
@@ -64,11 +72,19 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(help_of(config_name, schema, task.__globals__.get("__doc__") or ""), end="")
                 return
-            sys.argv[1:] = [quote(argument, text) for argument in sys.argv[1:]]
             try:
-                run()
+                flags, overrides = split(sys.argv[1:], config_name, keys)
+                if SWEEP.isdisjoint(flags):
+                    sys.argv[1:] = [*flags, *(quote(override, keys) for override in overrides)]
+                    run()
+                else:
+                    sys.exit(sweep(overrides, config_name, keys, checked, lambda config: run_task(task, config)))
             except (HydraException, OmegaConfBaseException, ValueError) as error:  # "model=null" is a ValueError
-                sys.exit(print_error(explain(error, schema), 2))
+                print_error(explain(error, schema))
+                sys.exit(2)
+            except KeyboardInterrupt:
+                print_error("interrupted")
+                sys.exit(130)
             finally:
                 discard_unwritten_output()
 
@@ -77,13 +93,21 @@ def command(config_name: str, schema: type) -> Callable[[Task], Callable[[], Non
     return decorate
 
 
+def require_files(config: Any) -> None:
+    """Raise ``UsageError`` if a file or directory that a config names does not exist."""
+    if getattr(config, "parallel", "none") == "data":  # on other machines than that of the main process it need not
+        return
+    values = flatten(as_dict(config))
+    for key, complaint in MISSING.items():
+        if (path := values.get(key)) not in NO_PATHS and not os.path.exists(os.path.expanduser(path)):
+            raise UsageError(f"{key}={path}{complaint}")
+
+
 def help_of(config_name: str, schema: type, about: str) -> str:
     """What ``--help`` prints: ``about``, the files to choose from in ``configs/``, and all keys."""
     rows: list[tuple[str, str, str]] = []
-    for entry in yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]:
-        for group, default in entry.items() if isinstance(entry, dict) else ():
-            names = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
-            rows.append((group, format_value(default), f"configs/{group}: one of {', '.join(names)}"))
+    for group, (default, names) in groups_of(config_name).items():
+        rows.append((group, format_value(default), f"configs/{group}: one of {', '.join(names)}"))
     for name, about_key in keys_of(schema).items():
         help = about_key.help.replace("None:", "null:") + f" ({about_key.allowed})" * bool(about_key.allowed)
         rows.append((name, format_value(about_key.default), help))
@@ -92,46 +116,37 @@ def help_of(config_name: str, schema: type, about: str) -> str:
     for key, default, text in rows:
         first, *rest = textwrap.wrap(text, width - column - 3)
         lines += [f"  {f'{key}={default}':<{column}} {first}", *(f"{'':<{column + 3}}{line}" for line in rest)]
-    return "\n".join([*lines, "--cfg job prints the config of a command line instead of running it."]) + "\n"
+    lines.append("-m runs once for each combination of values that commas separate, such as -m seed=1,2.")
+    lines.append("--cfg job prints the config of a command line instead of running it.")
+    return "\n".join(lines) + "\n"
 
 
-def quote(argument: str, text: Container[str]) -> str:
-    """Quote the value of an argument if its key is in ``text``: ``prompt=a, b`` becomes ``prompt='a, b'``.
-
-    ``null`` and values in quotes are not changed. In Hydra and OmegaConf, backslashes escape only before a quote or
-    ``${``.
-    """
-    key, separator, value = argument.partition("=")
-    if not separator or key not in text or value == "null" or QUOTED.fullmatch(value) or PLAIN_PATH.fullmatch(value):
-        return argument
-    special = re.compile(r"(\\*)('|\$\{|\Z)")
-    return f"{key}='{special.sub(lambda m: 2 * m[1] + (chr(92) + m[2] if m[2] else ''), value)}'"
-
-
-def run_task(task: Task, config: DictConfig) -> int | None:
-    """Run ``task`` and return its exit status. Errors that the user can act on are printed, others are raised."""
+def run_task(task: Task, config: Any) -> tuple[int, str]:
+    """Run ``task``; return its exit status and, if it failed, the reason in one line, which is printed, too."""
     try:
-        return task(config)
-    except KeyboardInterrupt:
-        return print_error("interrupted", 130)
+        return task(config) or 0, ""
     except BrokenPipeError:  # the reader has closed the pipe, as "| head" does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would fail
-        return 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE, ""
+    except KeyboardInterrupt:
+        return 130, print_error("interrupted")
     except OSError as error:
         is_usage_error = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         message = f"{error.filename}: {error.strerror}" if error.filename else error
-        return print_error(message, 2 if is_usage_error else 1)
+        return 2 if is_usage_error else 1, print_error(message)
     except Exception as error:
-        if not hasattr(error, "exit_status"):
-            raise
-        return print_error(error, error.exit_status)
+        if hasattr(error, "exit_status"):
+            return error.exit_status, print_error(error)
+        traceback.print_exc()  # a bug: show the whole traceback
+        return 1, traceback.format_exception_only(error)[-1].strip()
 
 
-def print_error(error: object, status: int) -> int:
-    """Print an error in one line and return ``status``."""
+def print_error(error: object) -> str:
+    """Print an error in one line, and return this line without its "error: "."""
+    line = " ".join(str(error).splitlines())
     with suppress(OSError):  # the terminal may be gone
-        print("error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-    return status
+        print(f"error: {line}", file=sys.stderr)
+    return line
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -8,8 +8,9 @@ import math
 import sys
 import textwrap
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -54,7 +55,9 @@ class RunLog:
         self.path, self.folder = Path(run_dir) / "metrics.jsonl", Path(run_dir) / "tensorboard"
         earlier = list(self.kept_records(state)) if self.path.exists() else []
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
-        self.file = self.path.open("a", encoding="utf-8")
+        self.files = ExitStack()
+        self.close = weakref.finalize(self, self.files.close)  # at the latest when a run has failed
+        self.file = self.files.enter_context(self.path.open("a", encoding="utf-8"))
         self.config = config or {}
         self.final_scores: dict[str, Score] = {}  # by "checksum", see :func:`summary.score_splits`
         self.writers: dict[str, SummaryWriter] = {}
@@ -128,17 +131,13 @@ class RunLog:
         """The writer to a subfolder."""
         if folder not in self.writers:
             # with purge_step, a running TensorBoard drops its points
-            self.writers[folder] = SummaryWriter(str(self.folder / folder), purge_step=0)
+            writer = SummaryWriter(str(self.folder / folder), purge_step=0)
+            self.writers[folder] = self.files.enter_context(writer)
         return self.writers[folder]
 
     def flush(self) -> None:
         for writer in self.writers.values():
             writer.flush()
-
-    def close(self) -> None:
-        self.file.close()
-        for writer in self.writers.values():
-            writer.close()
 
 
 def code_block(text: str) -> str:
@@ -178,7 +177,10 @@ class TqdmHandler(logging.Handler):
 
 def log_to_terminal() -> None:
     """Show log messages on the terminal, and buffer them for :func:`log_to_file`."""
+    _buffer.buffer.clear()  # what is left of an earlier run in this process
     for logger in map(logging.getLogger, LOGGERS):
+        for handler in logger.handlers:
+            handler.close()
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
         logger.handlers = [TqdmHandler(logging.INFO), _buffer]

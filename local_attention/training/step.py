@@ -30,8 +30,10 @@ class LanguageModelLoss(nn.Cell):
         self.model = model
 
     def construct(self, sequences, ngram_rows=None):
-        if ngram_rows is None:
-            return self.model(sequences, return_loss=True)
+        return self.loss(sequences, ngram_rows)
+
+    def loss(self, sequences, ngram_rows):
+        # not in construct: MindSpore 2.10 never frees a cell whose construct itself gives keyword arguments
         return self.model(sequences, return_loss=True, ngram_rows=ngram_rows)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from local_attention.training.arguments import escape_interpolations
 from local_attention.training.checkpoint import Checkpoints, step_of, write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
@@ -116,7 +117,7 @@ def print_next_steps(
     longer = [f"train.max_steps={2 * max(state.max_steps, state.step)}"] if state.max_steps else []
     longer += [f"train.max_minutes={2 * state.max_minutes:g}"] if state.max_minutes else []
     longer += ["train.stop_after=null"] if state.stopped_early else []
-    log.info(f'sample:    python generate.py run={shlex.quote(str(run_dir))} prompt="The "')
+    log.info(f'sample:    python generate.py run={shlex.quote(escape_interpolations(str(run_dir)))} prompt="The "')
     log.info(f"curves:    tensorboard --logdir {shlex.quote(str(run_dir))}")
     log.info(f"continue:  {continue_command(run_dir, overrides, longer, distributed)}")
 
@@ -152,7 +153,7 @@ def continue_command(
     """
     world_size = distributed.world_size
     program = ["python", "train.py"] if world_size == 1 else ["scripts/launch.sh", str(world_size)]
-    changes = [f"run_dir={run_dir}", "resume=auto", *changes]
+    changes = [f"run_dir={escape_interpolations(str(run_dir))}", "resume=auto", *changes]
     replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if world_size > 1 else set())
     kept = [override for override in overrides if override.split("=")[0] not in replaced]
     return shlex.join([*program, *kept, *changes])

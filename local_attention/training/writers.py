@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 from mindspore import nn
@@ -45,17 +47,19 @@ def open_run_dir(
     Raises:
         UsageError: another run is writing to the directory.
     """
+    lock = None
     if distributed.is_main:
-        run_dir.create(paths.run_dir, config)
+        lock = run_dir.create(paths.run_dir, config)
         if paths.checkpoint and paths.checkpoint.resolve().parent != paths.checkpoints.resolve():
             Checkpoints(paths.checkpoints).copy(paths.checkpoint.resolve())
         if not state.finished:
             (paths.run_dir / "summary.json").unlink(missing_ok=True)
     distributed.barrier()
     log_to_file(paths.run_dir, distributed.rank)
-    if not distributed.is_main:
+    if lock is None:
         return Writers(NullRunLog(), save_nothing, [])
     checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
     saver = Saver(checkpoints, model, optimizer, state, start.provenance(config, corpus, distributed))
+    weakref.finalize(saver, os.close, lock)  # a process may run several runs, one after another
     callbacks = [Profile(paths.run_dir)] if config.train.profile else []
     return Writers(RunLog(paths.run_dir, state, as_dict(config)), saver, callbacks)

@@ -8,7 +8,7 @@ from local_attention.torch_state import torch_state
 from local_attention.training.build import load_model
 from local_attention.training.checkpoint import Checkpoints
 from local_attention.training.errors import UsageError
-from scripts.export_torch import main
+from scripts.export_torch import export_config, main
 from scripts.pytorch_original import import_original
 from scripts.torch_files import read_state
 from tests.scripts.conftest import TOKENS, logits
@@ -28,7 +28,8 @@ OPTIONS = [
 
 
 def export(tmp_path, *overrides):
-    main.__wrapped__(composed("export_torch", f"output={tmp_path}/weights.safetensors", *overrides))
+    config = composed("export_torch", f"output={tmp_path}/weights.safetensors", *overrides)
+    main.__wrapped__(export_config(config))
     return read_state(f"{tmp_path}/weights.safetensors")
 
 

@@ -13,7 +13,7 @@ from local_attention.training.checkpoint import Checkpoints, read
 from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict
-from scripts.import_torch import inner_size, main, simplest_ff_mult
+from scripts.import_torch import import_config, inner_size, main, simplest_ff_mult
 from scripts.torch_files import write_state
 from tests.scripts.conftest import SIZES, logits
 from tests.training.toys import composed, examples
@@ -61,7 +61,8 @@ def imported(tmp_path):
 
     def imported(path, *overrides):
         run_dir = tmp_path / "run, imported"
-        main.__wrapped__(composed("import_torch", f"weights={path}", f"run_dir='{run_dir}'", *overrides))
+        config = composed("import_torch", f"weights={path}", f"run_dir='{run_dir}'", *overrides)
+        main.__wrapped__(import_config(config))
         return run_dir
 
     return imported

@@ -6,46 +6,16 @@ import sys
 
 import pytest
 from hydra.errors import HydraException
-from hypothesis import example, given
-from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
-from local_attention.training import command as module
 from local_attention.training.checkpoint import CheckpointError
-from local_attention.training.command import command, explain, help_of, quote, run_task
-from local_attention.training.config import GenerateConfig, RunConfig
+from local_attention.training.command import explain, help_of, run_task
+from local_attention.training.config import EvaluateConfig, GenerateConfig, RunConfig, ScoreConfig
 from local_attention.training.errors import RunError, UsageError
 from local_attention.training.schema import keys_of
-from tests.training.toys import composed, examples
-
-# Texts on the command line
-
-TEXT = st.text(st.sampled_from("'\"\\${}[]()=,:; ~#@?!*\n\tab1") | st.characters(codec="utf-8"), max_size=12)
-QUOTED = r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\""  # a text in quotes: they are removed
-
-
-@given(texts=st.lists(TEXT, min_size=8, max_size=8))
-@example(['"Hello," she said. "Bye."', "'a' b 'c'", "'", "''", "'a\\'", '"a\\"', "it's", "a\\"])
-@example(["", " a ", "== a, b ==", "${prompt}", "\\${a}", "${", "a\\\\", "[1, 2]"])
-@examples(60)
-def test_hydra_parses_a_quoted_text_as_it_was(texts):
-    texts = [text for text in texts if text not in ("null", "???") and not re.fullmatch(QUOTED, text, re.DOTALL)]
-    keys = [f"key{i}" for i in range(len(texts))]
-    arguments = [quote(f"{key}={text}", keys) for key, text in zip(keys, texts)]
-    config = composed("generate", *(f"+{argument}" for argument in arguments))
-    assert [config[key] for key in keys] == texts
-
-
-@pytest.mark.parametrize("value", ["null", "'a, b'", '"a, b"', "'it\\'s'", "''"])
-def test_null_and_text_in_quotes_are_not_changed(value):
-    assert quote(f"prompt={value}", ["prompt"]) == f"prompt={value}"
-
-
-@pytest.mark.parametrize("argument", ["length=5", "promptly=a, b", "--help", "prompt", "+prompt=a, b", "~prompt"])
-def test_other_arguments_are_not_changed(argument):
-    assert quote(argument, ["prompt"]) == argument
-
+from scripts.import_torch import ImportConfig
+from tests.training.toys import composed
 
 # Statuses
 
@@ -56,8 +26,10 @@ def status_and_line(capsys, error):
     def task(config):
         raise error
 
-    status = run_task(task, None)
-    return status, capsys.readouterr().err
+    status, reason = run_task(task, None)
+    shown = capsys.readouterr().err
+    assert shown == (f"error: {reason}\n" if reason else "")
+    return status, shown
 
 
 @pytest.mark.parametrize(
@@ -105,18 +77,26 @@ def test_a_closed_pipe_is_no_error(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ValueError("a bug"), SystemExit(7)])
-def test_any_other_exception_is_raised(error):
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ValueError("a bug")])
+def test_a_bug_has_status_1_and_shows_its_traceback(capsys, error):
     def task(config):
         raise error
 
-    with pytest.raises(type(error)):
+    assert run_task(task, None) == (1, f"{type(error).__name__}: a bug")
+    assert "in task\n    raise error" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_task_at_once():
+    def task(config):
+        raise SystemExit(143)  # as the handler of SIGTERM does
+
+    with pytest.raises(SystemExit):
         run_task(task, None)
 
 
-@pytest.mark.parametrize("status", [None, 130])
-def test_the_status_of_a_task_that_returns_is_what_it_returns(status):
-    assert run_task(lambda config: status, None) == status
+@pytest.mark.parametrize("returned, status", [(None, 0), (130, 130)])
+def test_the_status_of_a_task_that_returns_is_what_it_returns(returned, status):
+    assert run_task(lambda config: returned, None) == (status, "")
 
 
 @pytest.mark.parametrize("error", [UsageError("a\nb"), FileNotFoundError(2, "No such file or directory", "a\nb")])
@@ -167,31 +147,57 @@ def test_a_mistyped_group_is_answered_with_the_group(override):
 GROUPS = {"model": "base", "data": "enwik8", "optimizer": "adamw", "schedule": "cosine", "experiment": "null"}
 
 
-@pytest.fixture
-def program(monkeypatch):
-    """Runs a command line of ``generate.yaml`` or ``train.yaml`` and returns its status."""
-    for name in ("HYDRA_FULL_ERROR", "GLOG_v"):  # restored at the end
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(module, "deliver_to_python", lambda: None)  # its thread would take the tests' signals
-
-    def run(task, *arguments, name="generate", schema=GenerateConfig):
-        namespace = {"__name__": "program", "task": task}
-        exec("def main(config):\n    return task(config)", namespace)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        try:
-            command(name, schema)(namespace["main"])()
-        except SystemExit as end:
-            return end.code
-        return None
-
-    return run
-
-
-def test_a_command_gets_what_the_command_line_says(program):
+def test_a_command_gets_what_the_command_line_says(program, tmp_path):
     seen = []
-    assert program(seen.append, "run=a", "prompt=it's, ${b}", "length=5") is None
-    assert (seen[0].run, seen[0].prompt, seen[0].length) == ("a", "it's, ${b}", 5)
+    assert program(seen.append, f"run={tmp_path}", "prompt=it's, ${b}", "length=5") is None
+    assert (seen[0].run, seen[0].prompt, seen[0].length) == (str(tmp_path), "it's, ${b}", 5)
+
+
+def refuse_to_begin(config):
+    raise AssertionError("the task began")
+
+
+@pytest.mark.parametrize(
+    "name, schema, overrides, message",
+    [
+        ("generate", GenerateConfig, ["run=absent"], "run=absent: no such run directory"),
+        ("generate", GenerateConfig, ["checkpoint=absent"], "checkpoint=absent: No such file or directory"),
+        ("generate", GenerateConfig, ["prompt_file=absent"], "prompt_file=absent: No such file or directory"),
+        ("score", ScoreConfig, ["file=absent"], "file=absent: No such file or directory"),
+        ("evaluate", EvaluateConfig, ["data.path=absent"], "data.path=absent does not exist: check the path"),
+        ("train", RunConfig, ["data.path=absent"], "data.path=absent does not exist: check the path"),
+        ("train", RunConfig, ["resume=absent"], "resume=absent: no such run directory or checkpoint"),
+        ("import_torch", ImportConfig, ["weights=absent"], "weights=absent: No such file or directory"),
+    ],
+)
+def test_a_file_that_does_not_exist_is_found_before_the_task_begins(program, capsys, name, schema, overrides, message):
+    assert program(refuse_to_begin, *overrides, name=name, schema=schema) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_what_stands_for_no_file_and_files_of_other_machines_need_not_exist(program):
+    def task(config):
+        return 7
+
+    assert program(task, "prompt_file=-", "checkpoint=last") == 7
+    for overrides in (["resume=auto"], ["resume=null"], ["resume=absent", "parallel=data"]):
+        assert program(task, *overrides, name="train", schema=RunConfig) == 7
+
+
+def test_a_mistake_that_the_check_finds_ends_the_command_before_the_task(program, capsys):
+    def check(config):
+        raise UsageError("expected this")
+
+    assert program(refuse_to_begin, check=check) == 2
+    assert capsys.readouterr().err == "error: expected this\n"
+
+
+def test_a_command_line_that_is_interrupted_before_the_task_has_status_130(program, capsys):
+    def check(config):
+        raise KeyboardInterrupt
+
+    assert program(refuse_to_begin, "-m", check=check) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -208,6 +214,13 @@ def test_help_lists_every_key_with_its_default_and_meaning(program, capsys, flag
     assert shown["train.batch_size=4"] == "sequences per micro-batch of each process (>= 1)"
     assert shown["device.target=auto"] == "where MindSpore runs (auto, CPU, GPU, Ascend)"
     assert shown["train.max_steps=10000"].endswith("; null: no limit (>= 1)")
+
+
+@pytest.mark.parametrize(
+    "name, schema, groups", [("generate", GenerateConfig, []), ("evaluate", EvaluateConfig, ["data"])]
+)
+def test_help_lists_only_the_groups_that_a_command_has(name, schema, groups):
+    assert re.findall(r"configs/(\w+): one of", help_of(name, schema, "")) == groups
 
 
 def test_help_fits_a_terminal_and_begins_with_what_the_command_does():
@@ -236,7 +249,7 @@ def test_an_error_on_a_terminal_that_is_gone_keeps_its_status(monkeypatch):
         raise UsageError("expected this")
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    assert run_task(task, None) == 2
+    assert run_task(task, None) == (2, "expected this")
 
 
 def test_an_error_within_the_task_keeps_its_status(program, capsys):
@@ -249,8 +262,5 @@ def test_an_error_within_the_task_keeps_its_status(program, capsys):
 
 @pytest.mark.parametrize("argument", ["xyz=5", "a b", "model=huge", "model=null", "experiment=null", "=5"])
 def test_a_command_line_that_hydra_refuses_is_one_line_and_status_2(program, capsys, argument):
-    def task(config):
-        raise AssertionError("the task began")
-
-    assert program(task, argument, name="train", schema=RunConfig) == 2
+    assert program(refuse_to_begin, argument, name="train", schema=RunConfig) == 2
     assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)

@@ -9,11 +9,13 @@ import pytest
 
 from data import Corpus
 from local_attention.training import summary
+from local_attention.training.arguments import quote
 from local_attention.training.checkpoint import Checkpoints
-from local_attention.training.command import quote
+from local_attention.training.config import RunConfig
 from local_attention.training.distributed import SINGLE_PROCESS
 from local_attention.training.evaluate import Score
 from local_attention.training.run_log import NullRunLog
+from local_attention.training.schema import keys_of
 from local_attention.training.state import RunState
 from local_attention.training.summary import (
     continue_command,
@@ -25,7 +27,7 @@ from local_attention.training.summary import (
 )
 from tests.training.toys import composed
 
-TEXT = ("data.path", "data.dir", "run_dir", "resume")  # as in train.py
+KEYS = keys_of(RunConfig)
 
 
 @pytest.fixture(autouse=True)
@@ -193,13 +195,13 @@ def config_of(command):
     """Return the config that Hydra composes from a command line."""
     python, program, *arguments = shlex.split(command)
     assert (python, program) == ("python", "train.py")
-    return composed("train", *(quote(argument, TEXT) for argument in arguments))
+    return composed("train", *(quote(argument, KEYS) for argument in arguments))
 
 
 @pytest.mark.parametrize("run_dir", ["runs/a", "runs/it's a, ${b} & $HOME"])
 def test_the_command_to_continue_keeps_overrides_and_adds_the_directory(run_dir):
     original = ["experiment=quickstart", "model.dim=64", "data.path=my 'file', too", "run_dir=old", "resume=old/best"]
-    original = [quote(argument, TEXT) for argument in original]  # as in Hydra's list of overrides
+    original = [quote(argument, KEYS) for argument in original]  # as in Hydra's list of overrides
     wanted = config_of(shlex.join(["python", "train.py", *original]))
     wanted["run_dir"], wanted["resume"] = run_dir, "auto"
     assert config_of(continue_command(run_dir, original)) == wanted

@@ -44,7 +44,7 @@ class Bigram(nn.Cell):
             setattr(self, name, Parameter(Tensor(rng.standard_normal(shape), ms.float32), name=name))
         self.cross_entropy = CrossEntropy()
 
-    def construct(self, sequences, return_loss=False):
+    def construct(self, sequences, return_loss=False, ngram_rows=None):
         return self.token_losses(sequences[:, :-1], sequences[:, 1:].reshape(-1)).mean()
 
     def token_losses(self, tokens, labels):
