@@ -96,6 +96,11 @@ def quote(argument: str, keys: Mapping[str, Key]) -> str:
     return f"{key}='{value}'"
 
 
+def unquote(argument: str) -> str:
+    """Undo :func:`quote` where it would do the same again, for commands that are printed."""
+    return re.sub(r"\A([^=]+)='(?!null')([\w./, -]+)'\Z", r"\1=\2", argument)
+
+
 def escape_interpolations(text: str) -> str:
     """Escape a text such that OmegaConf finds no interpolation in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from local_attention.training.arguments import escape_interpolations
+from local_attention.training.arguments import escape_interpolations, unquote
 from local_attention.training.checkpoint import Checkpoints, step_of, write_text
 from local_attention.training.device import peak_memory_bytes
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
@@ -155,5 +155,5 @@ def continue_command(
     program = ["python", "train.py"] if world_size == 1 else ["scripts/launch.sh", str(world_size)]
     changes = [f"run_dir={escape_interpolations(str(run_dir))}", "resume=auto", *changes]
     replaced = {change.split("=")[0] for change in changes} | ({"parallel"} if world_size > 1 else set())
-    kept = [override for override in overrides if override.split("=")[0] not in replaced]
+    kept = [unquote(override) for override in overrides if override.split("=")[0] not in replaced]
     return shlex.join([*program, *kept, *changes])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from local_attention.training.arguments import escape_interpolations, quote, split
+from local_attention.training.arguments import escape_interpolations, quote, split, unquote
 from local_attention.training.config import EvaluateConfig, GenerateConfig, RunConfig, ScoreConfig
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import keys_of
@@ -44,6 +44,21 @@ def test_paths_may_refer_to_other_keys_and_prompts_may_not():
 @pytest.mark.parametrize("value", ["null", "'a, b'", '"a, b"', "'it\\'s'", "''", "runs/a-1.b/c", "a.txt"])
 def test_null_plain_paths_and_text_in_quotes_are_not_changed(value):
     assert quote(f"prompt={value}", KEYS) == f"prompt={value}"
+
+
+@pytest.mark.parametrize(
+    "argument, printed",
+    [
+        ("run='head'", "run=head"),
+        ("run='a b, c-1.txt'", "run=a b, c-1.txt"),
+        ("run='null'", "run='null'"),
+        ("run='it\\'s'", "run='it\\'s'"),
+        ("run=a/b", "run=a/b"),
+    ],
+)
+def test_quotes_that_would_be_added_again_are_not_printed(argument, printed):
+    assert unquote(argument) == printed
+    assert quote(printed, KEYS) == argument
 
 
 @pytest.mark.parametrize("argument", ["length=5", "promptly=a, b", "--help", "prompt", "+prompt=a, b", "~prompt"])
