@@ -57,13 +57,15 @@ def sweep(
         run: runs a job with a checked config; returns the exit status and the reason of a failure.
 
     Returns:
-        The exit status: 1 if a job failed.
+        The exit status: 1 if a job failed; that of the job if there is only one.
 
     Raises:
         UsageError: the config of a job has a mistake; nothing was run.
     """
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         jobs = [composed_job(config_name, *one, check) for one in combinations(overrides, keys)]
+    if len(jobs) == 1:
+        return run(jobs[0].config)[0]
     jobs, folder = with_run_dirs(jobs)
     failed = []
     for number, job in enumerate(jobs, 1):
@@ -83,10 +85,7 @@ def sweep(
     if status >= 128:
         if getattr(job.config, "resume", None) == "auto":
             again = ["python", sys.argv[0], "-m", *overrides, *([f"run_dir={folder}"] if folder else [])]
-            print(
-                f"run {number} of {len(jobs)} was interrupted; continue the sweep:  {shlex.join(again)}",
-                file=sys.stderr,
-            )
+            say(f"run {number} of {len(jobs)} was interrupted; continue the sweep:  {shlex.join(again)}")
         return status
     return 1 if failed else 0
 
@@ -141,7 +140,7 @@ def composed_job(config_name: str, name: str, overrides: list[str], check: Calla
     except UsageError as error:
         raise UsageError(f"{name}: {error}" if name else str(error)) from None
     if getattr(config, "parallel", "none") != "none":
-        raise UsageError("a sweep needs parallel=none: start runs with several processes one by one, without -m")
+        raise UsageError("-m needs parallel=none: start runs with several processes one by one, without it")
     return Job(name, composed, config)
 
 
@@ -151,7 +150,7 @@ def with_run_dirs(jobs: list[Job]) -> tuple[list[Job], Path | None]:
     It lies in the ``run_dir`` of the command line or, without one, in a new directory of the sweep, which is returned.
     """
     given = [where_it_writes(job.config) for job in jobs]
-    if len(jobs) == 1 or not hasattr(jobs[0].config, "run_dir") or (None not in given and len(set(given)) == len(jobs)):
+    if not hasattr(jobs[0].config, "run_dir") or (None not in given and len(set(given)) == len(jobs)):
         return jobs, None
     folder = None
     if not all(job.config.run_dir for job in jobs):

@@ -172,7 +172,7 @@ def test_no_value_at_all_is_refused(sweep, capsys):
         (["resume=auto,absent"], "resume=absent: resume=absent: no such run directory or checkpoint"),
         (["model=tiny,huge"], "model=huge: expected one of base, small, tiny"),
         (["seed=1,2", "run_dir=${sed}"], "run_dir: Interpolation key 'sed' not found"),
-        (["seed=1,2", "parallel=data"], "a sweep needs parallel=none: "),
+        (["seed=1,2", "parallel=data"], "-m needs parallel=none: "),
     ],
 )
 def test_a_mistake_in_any_run_is_found_before_the_first_begins(sweep, capsys, tmp_path, overrides, message):
@@ -230,8 +230,11 @@ def test_runs_that_are_continued_write_where_they_did(sweep, tmp_path):
     assert [Path(path).name for path in run_dirs(sweep("resume=a", "seed=1,2")[1])] == ["seed=1", "seed=2"]
 
 
-def test_a_single_run_has_no_directory_of_a_sweep(sweep):
-    assert run_dirs(sweep("seed=1")[1]) == [None]
+@pytest.mark.parametrize("status", [0, 1, 2, 130])
+def test_a_single_run_is_as_without_m(sweep, capsys, status):
+    found, configs = sweep("seed=1", task=lambda config: status)
+    assert (found, run_dirs(configs)) == (status, [None])
+    assert capsys.readouterr().err == ""
 
 
 def test_commands_without_run_dir_can_sweep_too(sweep):
