@@ -30,10 +30,11 @@ from local_attention.training.terminal import accept_any_output, discard_unwritt
 MISSING = {
     **dict.fromkeys(("data.path", "data.val_path", "data.test_path"), " does not exist: check the path"),
     **dict.fromkeys(("checkpoint", "file", "prompt_file", "weights"), ": No such file or directory"),
-    **dict.fromkeys(("resume", "init_from"), ": no such run directory or checkpoint"),
+    "resume": ": no such run directory or checkpoint",  # but not init_from, which a run that continues does not need
     "run": ": no such run directory",
 }
-NO_PATHS = (None, "auto", "best", "last", "-")  # other values of these keys
+NO_PATHS = (None, "auto", "-")  # other values of these keys
+CHECKPOINT_NAMES = ("best", "last")  # are found without links of these names, too
 
 Task = Callable[[Any], int | None]
 
@@ -99,7 +100,10 @@ def require_files(config: Any) -> None:
         return
     values = flatten(as_dict(config))
     for key, complaint in MISSING.items():
-        if (path := values.get(key)) not in NO_PATHS and not os.path.exists(os.path.expanduser(path)):
+        path = values.get(key)
+        if path in NO_PATHS or os.path.basename(path) in CHECKPOINT_NAMES:
+            continue
+        if not os.path.exists(os.path.expanduser(path)):
             raise UsageError(f"{key}={path}{complaint}")
 
 

@@ -26,12 +26,12 @@ def test_without_the_original_a_script_ends_with_the_commands_to_use(monkeypatch
 def test_benchmarks_measure_the_original_in_the_environment_of_make_parity_or_say_that_they_do_not(
     monkeypatch, environments, capsys
 ):
-    monkeypatch.setattr(benchmarking, "Worker", lambda name, python: (name, python))
+    monkeypatch.setattr(benchmarking, "Worker", lambda name, options, python: (name, options, python))
     assert workers_of_original("original") == {}
     assert capsys.readouterr().err == "PyTorch is not measured: make parity sets up its environment\n"
     environments.touch()
-    workers = workers_of_original("original", "bfloat16")
-    assert workers == {name: (name, str(environments)) for name in ("original", "bfloat16")}
+    workers = workers_of_original("original", "bfloat16", options=["--weights", "w"])
+    assert workers == {name: (name, ["--weights", "w"], str(environments)) for name in ("original", "bfloat16")}
     assert capsys.readouterr().err == ""
 
 
