@@ -1,4 +1,4 @@
-"""Dynamic evaluation: a model that learns from each sequence after it was scored (Krause et al. 2018, arXiv 1709.07432)."""
+"""Dynamic evaluation: each sequence is scored, then learned from (Krause et al. 2018, arXiv 1709.07432)."""
 
 from __future__ import annotations
 
