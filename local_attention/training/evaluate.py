@@ -51,7 +51,7 @@ def eval_span(corpus: Corpus, split: str, max_bytes: int | None = None) -> EvalS
 
 
 def tokens_of(data: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Return ``data[start:stop]`` after what predicts its first byte: the one before it, or a newline where there is none.
+    """Return ``data[start:stop]`` after what predicts its first byte: the byte before it, or a newline at the start.
 
     Returns:
         ``(stop - start + 1,)`` int32.
