@@ -19,6 +19,7 @@ def main(config: EvaluateConfig) -> None:
     import data
     from local_attention.training.build import load_model
     from local_attention.training.device import use_device
+    from local_attention.training.dynamic import dynamic_score, load_step
     from local_attention.training.errors import UsageError
     from local_attention.training.evaluate import Evaluator, eval_span
     from local_attention.training.run_dir import checkpoint_of
@@ -42,11 +43,16 @@ def main(config: EvaluateConfig) -> None:
     if start == stop:
         raise UsageError(f"the {config.split} split of {corpus.name} is empty: use a larger file")
     log.info(f"scoring all {stop - start:,} bytes of {config.split} with {path}")
-    evaluator = Evaluator(model, config.seq_len, config.batch_size)
     bar = partial(tqdm, leave=False, disable=None)  # None: on terminals only
-    score = evaluator(data_bytes, start, stop, config.stride, bar)
-    how = f"checkpoint {path}, seq_len {config.seq_len}, stride {config.stride}"
-    print(f"{config.split}: {score.bpb:.6f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
+    if config.dynamic:
+        step = load_step(path, model, config.dynamic_rate)
+        score = dynamic_score(step, data_bytes, start, stop, config.seq_len, bar)
+        name, how = f"{config.split}_bpb_dynamic", f"dynamic_rate {config.dynamic_rate:g}"
+    else:
+        score = Evaluator(model, config.seq_len, config.batch_size)(data_bytes, start, stop, config.stride, bar)
+        name, how = config.split, f"stride {config.stride}"
+    how = f"checkpoint {path}, seq_len {config.seq_len}, {how}"
+    print(f"{name}: {score.bpb:.6f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
 
 
 if __name__ == "__main__":

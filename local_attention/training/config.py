@@ -230,6 +230,10 @@ class EvaluateConfig:
     batch_size: Annotated[
         Count | None, Help("sequences that the model sees at once; null: train.batch_size of the run")
     ] = None
+    dynamic: Annotated[
+        StrictBool, Help("score each sequence, then learn from it, so that later ones are predicted better")
+    ] = False
+    dynamic_rate: Annotated[Positive, Help("learning rate of dynamic=true, as a fraction of the peak of the run")] = 0.1
     data: OtherDataConfig = field(default_factory=OtherDataConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
@@ -347,7 +351,14 @@ def evaluate_config(config: DictConfig) -> EvaluateConfig:
     evaluate = parse(EvaluateConfig, config)
     require_run_or_file(evaluate, "score")
     require_path(evaluate.data)
-    return evaluate
+    if not evaluate.dynamic:
+        if evaluate.dynamic_rate != EvaluateConfig.dynamic_rate:
+            raise UsageError(f"dynamic_rate={evaluate.dynamic_rate:g} needs dynamic=true")
+        return evaluate
+    for key in ("stride", "batch_size"):
+        if (value := getattr(evaluate, key)) is not None:
+            raise UsageError(f"{key}={value}: dynamic=true learns from one sequence after the other: leave out {key}")
+    return replace(evaluate, batch_size=1)
 
 
 def score_config(config: DictConfig) -> ScoreConfig:

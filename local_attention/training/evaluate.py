@@ -50,6 +50,16 @@ def eval_span(corpus: Corpus, split: str, max_bytes: int | None = None) -> EvalS
     return EvalSpan(corpus.array(split), start, stop if max_bytes is None else min(stop, start + max_bytes))
 
 
+def tokens_of(data: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return ``data[start:stop]`` after what predicts its first byte: the byte before it, or a newline at the start.
+
+    Returns:
+        ``(stop - start + 1,)`` int32.
+    """
+    previous = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
+    return np.concatenate([previous, data[start:stop]]).astype(np.int32)
+
+
 class Window(NamedTuple):
     """The labels ``start … stop - 1``, which one row of a batch predicts; those before ``first_scored`` are context."""
 
@@ -118,8 +128,7 @@ class Evaluator:
         if stop <= start or not 1 <= stride <= self.seq_len:
             expected = f"expected start < stop and a stride of 1 … {self.seq_len}"
             raise ValueError(f"{expected}, got {start}, {stop} and {stride}")
-        previous = data[start - 1 : start] if start else np.frombuffer(b"\n", np.uint8)
-        tokens = np.concatenate([previous, data[start:stop]]).astype(np.int32)
+        tokens = tokens_of(data, start, stop)
         rows = list(windows(0, stop - start, self.seq_len, stride))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         rank, world_size = self.distributed.rank, self.distributed.world_size

@@ -89,7 +89,8 @@ class Adam(nn.Optimizer):
     def construct(self, gradients, is_finite):
         """Take a step if ``is_finite``, a () float32, is 1. If it is 0, gradients must be 0, and nothing changes."""
         ops.assign_add(self.global_step, is_finite.astype(ms.int32).reshape(1))
-        steps = self.global_step.astype(ms.float32).reshape(())
+        # Bias correction divides by zero after 0 steps, if the first one is skipped.
+        steps = ops.clamp(self.global_step.astype(ms.float32).reshape(()), min=1.0)
         beta1_power, beta2_power = ops.pow(self.beta1, steps), ops.pow(self.beta2, steps)
         # The kernel divides by sqrt(moment2) + eps before the bias correction; this makes eps that of PyTorch.
         eps = self.eps * ops.sqrt(1 - beta2_power)

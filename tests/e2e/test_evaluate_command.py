@@ -76,6 +76,17 @@ def test_overlapping_windows_score_the_same_number_of_bytes_differently(finished
     assert abs(bpb - summary_of(finished_run[0])["val_bpb"]) > 1e-3
 
 
+def test_dynamic_evaluation_learns_from_what_it_has_scored_and_leaves_the_run_alone(finished_run, commands):
+    run_dir, _ = finished_run
+    before = state_of(run_dir)
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", "dynamic=true", "dynamic_rate=0.5")
+    assert result.returncode == 0, result.stderr
+    line = r"test_bpb_dynamic: (\d+\.\d{6}) bpb over 3,000 bytes \(checkpoint .+, seq_len 32, dynamic_rate 0.5\)\n"
+    (bpb,) = re.fullmatch(line, result.stdout.decode()).groups()
+    assert float(bpb) < summary_of(run_dir)["test_bpb"] - 0.5
+    assert state_of(run_dir) == before
+
+
 def test_other_data_than_that_of_the_run_is_scored_with_a_warning_that_names_both(finished_run, commands, tmp_path):
     other = tmp_path / "other, text"
     other.write_bytes(commands.text.read_bytes()[:2000])
@@ -144,6 +155,7 @@ def test_ctrl_c_ends_scoring_with_status_130_and_no_score(finished_run, commands
         (["run=runs/whole", "stide=8"], "did you mean stride?"),
         (["run=runs/whole", "data=wikitext"], "data=wikitext: expected one of enwik8, file, stdlib"),
         (["run=runs/whole", "stride=33"], "stride=33: expected a number from 1 to seq_len=32"),
+        (["run=runs/whole", "dynamic=true", "stride=8"], "stride=8: dynamic=true learns from one sequence after the"),
         (["run=runs/whole", "data.path=missing.txt"], "missing.txt does not exist"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",

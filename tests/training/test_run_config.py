@@ -139,6 +139,7 @@ def test_null_is_taken_where_a_key_is_optional_and_nowhere_else(name):
         ("generate", "temperature", -0.1, "a number >= 0"),
         ("generate", "top_p", 0.0, "a number > 0 and <= 1, or null"),
         ("evaluate", "split", "valid", "one of train, val, test"),
+        ("evaluate", "dynamic_rate", 0.0, "a number > 0"),
         ("import_torch", "model.ff_mult", 0.5, "a number >= 1, or null"),
         ("score", "device.target", "cpu", "one of auto, CPU, GPU, Ascend"),
     ],
@@ -324,6 +325,19 @@ def test_what_uses_weights_needs_a_run_or_a_checkpoint_file(checked, command):
         message = message_of(checked, command, run=None, checkpoint=name)
         assert "run=runs/" in message and "checkpoint=FILE" in message
     assert checked(command, run=None, checkpoint="a.safetensors").checkpoint == "a.safetensors"
+
+
+def test_dynamic_evaluation_takes_one_sequence_after_the_other(checked):
+    for key in ("stride", "batch_size"):
+        message = message_of(checked, "evaluate", dynamic=True, **{key: 8})
+        assert message == f"{key}=8: dynamic=true learns from one sequence after the other: leave out {key}"
+    config = checked("evaluate", dynamic=True)
+    assert (config.stride, config.batch_size, config.dynamic_rate) == (None, 1, 0.1)
+
+
+def test_the_rate_of_dynamic_evaluation_needs_it(checked):
+    assert message_of(checked, "evaluate", dynamic_rate=0.3) == "dynamic_rate=0.3 needs dynamic=true"
+    assert checked("evaluate", dynamic_rate=0.3, dynamic=True).dynamic_rate == 0.3
 
 
 # What an evaluation takes from a checkpoint

@@ -142,6 +142,14 @@ def test_gradients_below_clip_norm_are_not_changed(clipped):
     assert_weights(after, {name: weights[name] - 0.5 * gradients[name] for name in weights})
 
 
+def test_a_first_step_that_is_not_finite_changes_no_weights():
+    model = Bigram()
+    good, bad = weights_of(model), np.full((1, TOKENS), np.nan)
+    step = TrainStep(model, build_optimizer(OptimizerConfig(), model.trainable_params()), 1, 1.0).set_train()
+    *_, after = take(step, TOY_BATCH[:1], good | {"bias": bad})
+    assert_weights(after, {"table": good["table"], "bias": bad})
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_the_optimizer(optimizer, broken):
