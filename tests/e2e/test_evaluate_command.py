@@ -120,7 +120,7 @@ def test_a_run_with_own_validation_and_test_files_is_scored_on_them(commands, tm
     run = commands.train("runs/own", *paths, "train.max_steps=1", "train.generate_length=1")
     assert (run.returncode, run.stderr) == (0, "")
     for split, size in (("val", 700), ("test", 900)):
-        assert f"scoring all {size} bytes of {split}" in run.stdout.decode()
+        assert f"scoring {size} bytes of {split}" in run.stdout.decode()
         result = commands.call("scripts/evaluate.py", "run=runs/own", f"split={split}")
         bpb = summary_of(commands.folder / "runs/own")[f"{split}_bpb"]
         assert scored(result)[:3] == (split, pytest.approx(bpb, abs=1e-6), size)

@@ -268,7 +268,7 @@ class Many(nn.Cell):
         names = [f"layers.{i}.weight" for i in range(250)]
         self.weights = ms.ParameterTuple([Parameter(Tensor(np.ones((2, 2)), ms.float32), name=name) for name in names])
 
-    def construct(self, sequences, return_loss=False):
+    def construct(self, sequences, return_loss=False, ngram_rows=None):
         return ops.addn(tree_map(sum_of_squares, self.weights))
 
 
