@@ -15,3 +15,14 @@ def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, cwd=ROOT, env=outside)
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["make", target] for target in targets]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("g++")), reason="there is no make or no g++")
+def test_sanitizers_find_no_error_in_the_operators():
+    done = subprocess.run(["make", "sanitize"], capture_output=True, text=True, timeout=1200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "no error" in line] == [
+        "thread",
+        "address,undefined",
+    ]
