@@ -31,7 +31,7 @@ sanitize: ## run the operators in C++ under ThreadSanitizer, AddressSanitizer an
 	  $$build -shared -fPIC -Wl,-soname,libdnnl.so.3 -o $$folder/libdnnl.so.3 tests/kernels/dnnl.cpp; \
 	  $$build -o $$folder/driver tests/kernels/driver.cpp local_attention/kernels/*.cpp \
 	    -Wl,--no-as-needed $$folder/libdnnl.so.3 -Wl,-rpath,$$folder -ldl; \
-	  printf '%s: ' $$sanitizers; $$folder/driver; \
+	  printf '%s: ' $$sanitizers; TSAN_OPTIONS=halt_on_error=1 $$folder/driver; \
 	done
 
 docs: .venv/installed ## write docs/api.md from the docstrings
