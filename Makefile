@@ -6,7 +6,7 @@ ARGS ?=
 OPERATORS = $(shell find local_attention -name '*.cpp' -o -name '*.h' -o -name '*.hpp')
 PYTEST = .venv/bin/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help train test test-all lint docs parity tensorboard clean
+.PHONY: help train test test-all lint sanitize docs parity tensorboard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,16 @@ lint: .venv/installed ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+sanitize: ## run the operators in C++ under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer (needs g++)
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	for sanitizers in thread address,undefined; do \
+	  build="$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$sanitizers -fno-sanitize-recover=all"; \
+	  $$build -shared -fPIC -Wl,-soname,libdnnl.so.3 -o $$folder/libdnnl.so.3 tests/kernels/dnnl.cpp; \
+	  $$build -o $$folder/driver tests/kernels/driver.cpp local_attention/kernels/*.cpp \
+	    -Wl,--no-as-needed $$folder/libdnnl.so.3 -Wl,-rpath,$$folder -ldl; \
+	  printf '%s: ' $$sanitizers; TSAN_OPTIONS=halt_on_error=1 $$folder/driver; \
+	done
 
 docs: .venv/installed ## write docs/api.md from the docstrings
 	.venv/bin/python scripts/make_api_reference.py

@@ -7,8 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
-// Functions that do most of the work are compiled for several kinds of processors; the loader picks the best.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+// Functions that do most of the work are compiled for several kinds of processors; the loader picks the best, at a time when
+// ThreadSanitizer does not work yet.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__)
 #define FOR_EACH_PROCESSOR __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FOR_EACH_PROCESSOR

@@ -27,3 +27,14 @@ def test_parity_has_an_environment_of_its_own(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=outside)
     assert ".venv-parity/bin/python -m pip install --editable '.[train,dev,parity]'" in done.stdout.splitlines()
     assert not re.search(r"\.venv\b(?!-parity)", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("g++")), reason="there is no make or no g++")
+def test_sanitizers_find_no_error_in_the_operators():
+    done = subprocess.run(["make", "sanitize"], capture_output=True, text=True, timeout=1200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "no error" in line] == [
+        "thread",
+        "address,undefined",
+    ]

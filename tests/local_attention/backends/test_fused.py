@@ -206,6 +206,14 @@ def test_scores_of_any_size_overflow_nothing(rng):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
+def test_tensors_that_are_views_are_read_as_they_are(rng):
+    inputs = [tensor(x) for x in rng.standard_normal((3, 2, 150, 4))]
+    views = [tensor(x.asnumpy().swapaxes(1, 2)).swapaxes(1, 2) for x in inputs]
+    assert not any(x.is_contiguous() for x in views)
+    attention = LocalAttention(16, autopad=True)
+    np.testing.assert_array_equal(attention(*views).asnumpy(), attention(*inputs).asnumpy())
+
+
 # What is not a number is not hidden
 
 
