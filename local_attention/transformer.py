@@ -131,7 +131,7 @@ class LocalTransformer(nn.Cell):
 
         Returns:
             ``(b, n, num_tokens)``, with ``cache`` of the tokens that it does not hold; with ``return_loss`` a scalar in
-            nats; with ``num_tokens=None`` ``(b, n, dim)``.
+            nats, 0 where every label is ``ignore_index``; with ``num_tokens=None`` ``(b, n, dim)``.
 
         Raises:
             ValueError: for more than ``max_seq_len`` tokens with learned absolute positions; for another shape; for
@@ -158,7 +158,8 @@ class LocalTransformer(nn.Cell):
             if mask is not None:
                 mask = mask[:, :-1]
             counted = (labels != self.ignore_index).astype(ms.float32)
-            return (self.token_losses(x[:, :-1], labels, mask, ngram_rows) * counted).sum() / counted.sum()
+            losses = self.token_losses(x[:, :-1], labels, mask, ngram_rows) * counted
+            return losses.sum() / ops.maximum(counted.sum(), 1.0)  # 0 where no label counts
         hidden = self.hidden(x, mask, ngram_rows)
         if self.num_tokens is None:
             return hidden

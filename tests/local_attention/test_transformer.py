@@ -10,6 +10,7 @@ from tests.local_attention.cells import (
     Loss,
     assert_gradients,
     both_modes,
+    both_paths,
     directions_or_entries,
     for_all,
     in_a_graph,
@@ -256,6 +257,16 @@ def test_a_sequence_filled_up_with_minus_one_has_the_loss_of_the_sequence_alone(
     filled = np.concatenate([x, [[-1, -1, -1]]], 1)
     loss = float(model(tensor(filled), return_loss=True))
     assert abs(loss - reference.language_model_loss(x, p, **WANTED | dict(depth=1))) < 1e-5
+
+
+@slowly_in_a_graph
+@both_paths
+def test_where_every_label_is_ignored_the_loss_and_all_gradients_are_zero(mode, rng):
+    model, _ = transformer(depth=1, ignore_index=3)
+    x = np.concatenate([tokens(rng, 2, 1), np.full((2, 23), 3)], 1)
+    loss, gradients = value_and_parameter_gradients(Loss(model), x)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())  # NaN counts as True
 
 
 def test_each_token_loss_is_the_cross_entropy_of_its_label(rng):
