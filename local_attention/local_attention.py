@@ -62,16 +62,21 @@ class LocalAttention(nn.Cell):
         self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
         self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
 
+    def to_float(self, dst_type):
+        """Only float32; as the graph of this cell alone does not see that its operators compute in another type."""
+        _common_type(dst_type, dst_type, dst_type)
+        return super().to_float(dst_type)
+
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
         """Attend.
 
         Args:
-            q, k: ``(..., n, d)`` float32, any leading axes.
-            v: ``(..., n, e)``.
+            q, k: ``(..., n, d)`` float32 or float64, any leading axes.
+            v: ``(..., n, e)``, of the same type.
             mask: ``(b, n)`` booleans, True where a key may be seen; with the leading axes of ``q`` merged to ``g``, row
                 ``r // (g / b)`` holds for row ``r``. A query that sees no key gets zeros.
             input_mask: older name of ``mask``.
-            attn_bias: ``(heads, window, span)`` float32, added to the scores of every window, where ``span`` is
+            attn_bias: ``(heads, window, span)``, added to the scores of every window, where ``span`` is
                 ``window * (look_backward + 1 + look_forward)``; merged row ``r`` has head ``r % heads``.
             window_size: another window than the one given at first, with ``use_xpos`` only.
 
@@ -79,7 +84,7 @@ class LocalAttention(nn.Cell):
             ``(..., n, e)``.
 
         Raises:
-            ValueError: for shapes that do not fit, a head size other than ``dim``, a length that is not a multiple of
+            ValueError: for shapes or types that do not fit, a head size other than ``dim``, a length that is not a multiple of
                 the window without ``autopad``, or a ``window_size`` without ``use_xpos``.
         """
         _check_window(window_size, self.use_xpos)
@@ -96,29 +101,30 @@ class LocalAttention(nn.Cell):
 
         Several heads only where the backend takes them, see :meth:`takes_projections`.
         """
+        dtype = _common_type(q.dtype, k.dtype, v.dtype)
         groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
         window = self.window_size if window_size is None else window_size
         if mask is not None:
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
-            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
-        if self.takes_projections(q, window):
+            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows)).astype(dtype)
+        if self.takes_projections(dtype, window):
             if self.l2_norm is not None:
                 k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
             return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
         if self.rotary is None:
             q, k = self.scale_and_rotate(q, k)
         else:
-            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d))
-            k_cos, k_sin = self.rotary.tables(groups, length, 1.0)
+            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), dtype)
+            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, dtype)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
         return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
 
-    def takes_projections(self, q, window_size):
+    def takes_projections(self, dtype, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
         rotated. Backends in C++ do so, for float32 and up to a window."""
-        return self.attend.takes_projections and q.dtype == ms.float32 and window_size <= self.attend.max_window
+        return self.attend.takes_projections and dtype == ms.float32 and window_size <= self.attend.max_window
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.
@@ -157,6 +163,16 @@ def _check_shapes(q, k, v, window_size, autopad, dim):
         raise ValueError(f"expected a head size of dim = {dim}, got q of shape {q}")
     if q[-2] % window_size and not autopad:
         raise ValueError(f"expected a length that is a multiple of the window {window_size}, got {q[-2]}: set autopad")
+
+
+@constexpr
+def _common_type(q, k, v):
+    if not (q == k == v and q in (ms.float32, ms.float64)):
+        raise ValueError(
+            f"expected q, k and v in float32 or all in float64, got {q}, {k} and {v}: half precision, to_float and "
+            "auto_mixed_precision are not supported"
+        )
+    return q
 
 
 @constexpr

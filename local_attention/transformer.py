@@ -12,7 +12,7 @@ from mindspore.ops import constexpr
 
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
-from local_attention.mha import LocalMHA
+from local_attention.mha import LocalMHA, check_float32
 from local_attention.ngram import NgramEmbedding
 from local_attention.options import LocalTransformerOptions, accepts
 from local_attention.position_bias import DynamicPositionBias
@@ -317,7 +317,10 @@ def _checked_type(shape, dtype, num_tokens, dim, return_loss):
         raise ValueError(f"without num_tokens, expected x: (b, n, {dim}) and return_loss=False, got x: {shape}")
     if num_tokens is not None and (len(shape) != 2 or shape[1] < 1 + return_loss):
         raise ValueError(f"expected tokens (b, n) with n >= {1 + return_loss}, got {shape}")
-    return dtype if num_tokens is None else ms.int32
+    if num_tokens is not None:
+        return ms.int32
+    check_float32(dtype)
+    return dtype
 
 
 @constexpr

@@ -12,6 +12,7 @@ from local_attention.blocks import block_layout
 from tests.local_attention import reference
 from tests.local_attention.cells import (
     assert_gradients,
+    both_modes,
     both_paths,
     directions_or_entries,
     for_all,
@@ -657,3 +658,45 @@ def test_readme_autopad(heads):
     mask = ms.ops.ones((1, 2057)).bool()
     out = attn(q, k, v, mask=mask)
     assert out.shape == (heads, 2057, 64)
+
+
+# Types
+
+
+@slowly_in_a_graph
+@pytest.mark.parametrize("options", [{}, dict(causal=True, use_xpos=True), dict(shared_qk=True)], ids=str)
+def test_float64_gives_float64_results_with_rotary_embeddings_too(mode, options, rng):
+    q, k, v = qkv(rng, 2, 12, 4)
+    attention = LocalAttention(3, **options, dim=4)
+    out = attention(*(ms.Tensor(x, ms.float64) for x in (q, k, v)))
+    assert out.dtype == ms.float64
+    np.testing.assert_allclose(out.asnumpy(), run(attention, q, k, v), atol=1e-5)
+    if not options:
+        wanted = reference.attention(q, k, v, rotary=True, window_size=3, look_forward=1)
+        np.testing.assert_allclose(out.asnumpy(), wanted, atol=1e-12)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    "types", [3 * [ms.float16], 3 * [ms.bfloat16], 3 * [ms.int32], [ms.float32, ms.float64, ms.float32]], ids=str
+)
+def test_other_types_are_named_and_refused(mode, types):
+    inputs = [ms.ops.ones((1, 8, 4), dtype) for dtype in types]
+    with pytest.raises(ValueError, match=f"float32 or all in float64, got {types[0]}, {types[1]} and {types[2]}:"):
+        LocalAttention(4, dim=4)(*inputs)
+
+
+def test_other_types_are_refused_as_the_type_to_compute_in():
+    with pytest.raises(ValueError, match="got Float16"):
+        LocalAttention(4).to_float(ms.float16)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [ms.float16, ms.float32, ms.float64], ids=str)
+def test_a_bias_of_another_type_is_taken_in_that_of_the_queries(dtype, rng):
+    q, k, v = qkv(rng, 2, 8, 4)
+    bias, attention = rng.integers(-2, 2, (2, 4, 12)), LocalAttention(4)
+    out = attention(*map(tensor, (q, k, v)), attn_bias=ms.Tensor(bias, dtype))
+    wanted = attention(*map(tensor, (q, k, v)), attn_bias=ms.Tensor(bias, ms.float32))
+    assert out.dtype == ms.float32
+    np.testing.assert_array_equal(out.asnumpy(), wanted.asnumpy())

@@ -4,9 +4,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from mindspore import nn, ops
+from mindspore import amp, nn, ops
 
-from local_attention import LocalTransformer
+from local_attention import LocalMHA, LocalTransformer
 from tests.local_attention import reference
 from tests.local_attention.cells import (
     Loss,
@@ -31,6 +31,10 @@ def transformer(seed=0, **options):
     """A small LocalTransformer with parameters that matter, and those."""
     model = LocalTransformer(**SIZES | options)
     return model, randomise(model, seed)
+
+
+def transformer_of_vectors():
+    return LocalTransformer(**SIZES | dict(num_tokens=None))
 
 
 def tokens(rng, *shape, num_tokens=11):
@@ -293,6 +297,26 @@ def test_tokens_of_any_integer_type_are_the_same_tokens(mode, dtype, rng):
 def test_tokens_of_another_type_are_refused(mode, dtype):
     with pytest.raises(ValueError, match=f"expected tokens of an integer type, got {dtype}"):
         transformer()[0](ops.ones((2, 8), dtype))
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16, ms.float64], ids=str)
+@pytest.mark.parametrize("build", [transformer_of_vectors, lambda: LocalMHA(dim=6, window_size=3)], ids=["model", "mha"])
+def test_half_and_double_precision_are_named_and_refused(mode, build, dtype):
+    with pytest.raises(ValueError, match=f"expected x in float32, got {dtype}: half precision"):
+        build()(ops.ones((2, 8, 6), dtype))
+
+
+@both_modes
+def test_to_float_is_refused_in_the_call(mode):
+    with pytest.raises(ValueError, match="got Float16: half precision, to_float"):
+        transformer(depth=1)[0].to_float(ms.float16)(ops.ones((2, 8), ms.int32))
+
+
+def test_automatic_mixed_precision_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it leaves the code that it generates
+    with pytest.raises(ValueError, match="auto_mixed_precision is not supported"):
+        amp.auto_mixed_precision(transformer(depth=1)[0], "O1")
 
 
 @both_modes
