@@ -67,7 +67,7 @@ class LocalAttention(nn.Cell):
         _common_type(dst_type, dst_type, dst_type)
         return super().to_float(dst_type)
 
-    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
+    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, attn_mask=None):
         """Attend.
 
         Args:
@@ -79,6 +79,8 @@ class LocalAttention(nn.Cell):
             attn_bias: ``(heads, window, span)``, added to the scores of every window, where ``span`` is
                 ``window * (look_backward + 1 + look_forward)``; merged row ``r`` has head ``r % heads``.
             window_size: another window than the one given at first, with ``use_xpos`` only.
+            attn_mask: ``(n, n)`` or ``(b, n, n)`` booleans, True where a query (rows) may see a key (columns), among those
+                that it sees anyway; rows of ``q`` as for ``mask``. Takes memory for ``n ** 2`` booleans.
 
         Returns:
             ``(..., n, e)``.
@@ -94,9 +96,9 @@ class LocalAttention(nn.Cell):
         length, d, e = shape[-2], shape[-1], v.shape[-1]
         q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, e))
         mask = input_mask if mask is None else mask
-        return self.attend_heads(q, k, v, 1, mask, attn_bias, window).reshape((*shape[:-1], e))
+        return self.attend_heads(q, k, v, 1, mask, attn_bias, window, attn_mask).reshape((*shape[:-1], e))
 
-    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None):
+    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None, attn_mask=None):
         """Attend with heads side by side, ``q, k: (b, n, h d)``, ``v: (b, n, h e)``; returns ``(b, n, h e)``.
 
         Several heads only where the backend takes them, see :meth:`takes_projections`.
@@ -109,7 +111,9 @@ class LocalAttention(nn.Cell):
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
             attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows)).astype(dtype)
-        if self.takes_projections(dtype, window):
+        if attn_mask is not None:
+            attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
+        elif self.takes_projections(dtype, window):
             if self.l2_norm is not None:
                 k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
             return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
@@ -119,7 +123,7 @@ class LocalAttention(nn.Cell):
             q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), dtype)
             k_cos, k_sin = self.rotary.tables(groups, length, 1.0, dtype)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
-        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
+        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias, attn_mask)
 
     def takes_projections(self, dtype, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
@@ -183,6 +187,18 @@ def _checked_mask(mask, dtype, groups, length):
             f"expected mask: (b, {length}) booleans, where b divides the {groups} rows of q, got {mask} {dtype}"
         )
     return mask
+
+
+@constexpr
+def _checked_attn_mask(attn_mask, dtype, groups, length):
+    """The shape ``attn_mask``, with its first axis."""
+    shape = attn_mask if len(attn_mask) == 3 else (1, *attn_mask)
+    if dtype != ms.bool_ or shape[1:] != (length, length) or shape[0] < 1 or groups % shape[0]:
+        raise ValueError(
+            f"expected attn_mask: ({length}, {length}) or (b, {length}, {length}) booleans, where b divides the {groups} "
+            f"rows of q, got {attn_mask} {dtype}"
+        )
+    return shape
 
 
 @constexpr

@@ -302,6 +302,7 @@ def calls(draw):
     merged = int(np.prod(rows))
     divisors = [b for b in range(1, merged + 1) if merged % b == 0]
     masks, heads = draw(st.sampled_from([None, *divisors])), draw(st.sampled_from([None, *divisors]))
+    attn_masks = draw(st.sampled_from([None, None, *divisors]))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     added = {}
     if masks:
@@ -309,6 +310,8 @@ def calls(draw):
     if heads:
         span = window * (rule["look_backward"] + 1 + rule["look_forward"])
         added["attn_bias"] = rng.standard_normal((heads, window, span))
+    if attn_masks:
+        added["attn_mask"] = rng.random((attn_masks, shape[-2], shape[-2])) < 0.6
     return options, rng.standard_normal((4, *shape)), added
 
 
@@ -389,6 +392,50 @@ def test_a_mask_in_blocks_finer_than_the_window_hides_what_it_says(rng):
     options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
     inputs, mask = rng.standard_normal((3, 2, 300, 2)), rng.random((1, 300)) < 0.5
     np.testing.assert_allclose(attend(options, *inputs, mask=mask), defined(options, mask=mask)(*inputs), atol=1e-5)
+
+
+def test_a_mask_per_query_and_key_in_blocks_finer_than_the_window_hides_what_it_says(rng):
+    options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
+    inputs, attn_mask = rng.standard_normal((3, 2, 300, 2)), rng.random((2, 300, 300)) < 0.5
+    out = attend(options, *inputs, attn_mask=attn_mask)
+    np.testing.assert_allclose(out, defined(options, attn_mask=attn_mask)(*inputs), atol=1e-5)
+
+
+class Packed(nn.Cell):
+    """Attention within two documents, of 5 and 6 tokens, in one sequence."""
+
+    def __init__(self, options):
+        super().__init__()
+        document = np.arange(11) < 5
+        self.attention, self.mask = LocalAttention(**options), ms.Tensor(document[:, None] == document)
+
+    def construct(self, q, k, v):
+        return self.attention(q, k, v, attn_mask=self.mask)
+
+
+@both_modes
+def test_packed_documents_get_outputs_and_gradients_as_if_alone(mode, rng):
+    options = dict(window_size=3, causal=True, exact_windowsize=True, dim=4, autopad=True)
+    *inputs, cotangent = rng.standard_normal((4, 2, 11, 4))
+    out, gradients = value_and_gradients(Packed(options), inputs, cotangent)
+    for part in (slice(5), slice(5, None)):
+        alone = [x[:, part] for x in (*inputs, cotangent)]
+        wanted, wanted_gradients = value_and_gradients(LocalAttention(**options), alone[:3], alone[3])
+        np.testing.assert_allclose(out[:, part], wanted, atol=1e-5)
+        for gradient, other in zip(gradients, wanted_gradients, strict=True):
+            np.testing.assert_allclose(gradient[:, part], other, atol=1e-5)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((8, 7), bool), ((3, 8, 8), bool), ((0, 8, 8), bool), ((8,), bool), ((1, 1, 8, 8), bool), ((8, 8), np.float32)],
+    ids=str,
+)
+def test_a_mask_per_query_and_key_of_another_shape_or_type_is_refused(mode, shape, dtype, rng):
+    q, k, v = map(tensor, qkv(rng, 2, 8, 4))
+    with pytest.raises(ValueError, match=r"expected attn_mask: \(8, 8\) or \(b, 8, 8\) booleans"):
+        LocalAttention(4)(q, k, v, attn_mask=ms.Tensor(np.ones(shape, dtype)))
 
 
 @for_all(8, 50, calls(), st.data())
