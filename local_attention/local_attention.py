@@ -63,7 +63,7 @@ class LocalAttention(nn.Cell):
         self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
 
     def to_float(self, dst_type):
-        """Only float32; as the graph of this cell alone does not see that its operators compute in another type."""
+        """Refused for half precision, which this cell does not see in its inputs, but only the cells in it."""
         _common_type(dst_type, dst_type, dst_type)
         return super().to_float(dst_type)
 
@@ -79,15 +79,15 @@ class LocalAttention(nn.Cell):
             attn_bias: ``(heads, window, span)``, added to the scores of every window, where ``span`` is
                 ``window * (look_backward + 1 + look_forward)``; merged row ``r`` has head ``r % heads``.
             window_size: another window than the one given at first, with ``use_xpos`` only.
-            attn_mask: ``(n, n)`` or ``(b, n, n)`` booleans, True where a query (rows) may see a key (columns), among those
+            attn_mask: ``(n, n)`` or ``(b, n, n)`` booleans, True where a query (row) may see a key (column), of those
                 that it sees anyway; rows of ``q`` as for ``mask``. Takes memory for ``n ** 2`` booleans.
 
         Returns:
             ``(..., n, e)``.
 
         Raises:
-            ValueError: for shapes or types that do not fit, a head size other than ``dim``, a length that is not a multiple of
-                the window without ``autopad``, or a ``window_size`` without ``use_xpos``.
+            ValueError: for shapes or types that do not fit, a head size other than ``dim``, a length that is no
+                multiple of the window without ``autopad``, or a ``window_size`` without ``use_xpos``.
         """
         _check_window(window_size, self.use_xpos)
         window = self.window_size if window_size is None else window_size
@@ -195,8 +195,8 @@ def _checked_attn_mask(attn_mask, dtype, groups, length):
     shape = attn_mask if len(attn_mask) == 3 else (1, *attn_mask)
     if dtype != ms.bool_ or shape[1:] != (length, length) or shape[0] < 1 or groups % shape[0]:
         raise ValueError(
-            f"expected attn_mask: ({length}, {length}) or (b, {length}, {length}) booleans, where b divides the {groups} "
-            f"rows of q, got {attn_mask} {dtype}"
+            f"expected attn_mask: ({length}, {length}) or (b, {length}, {length}) booleans, where b divides the "
+            f"{groups} rows of q, got {attn_mask} {dtype}"
         )
     return shape
 

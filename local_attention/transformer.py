@@ -140,8 +140,8 @@ class LocalTransformer(nn.Cell):
             ValueError: for more than ``max_seq_len`` tokens with learned absolute positions; for another shape or type;
                 for tokens that the vocabulary does not have, except ``ignore_index`` with ``return_loss`` (not inside
                 another compiled graph, which does not look at values); for ``return_loss`` without ``num_tokens``; for
-                ``cache`` or ``return_cache`` with ``mask`` or ``return_loss``, for a cache of another batch or of as many tokens, and as
-                :class:`decoding.DecodingSession`.
+                ``cache`` or ``return_cache`` with ``mask`` or ``return_loss``, for a cache of another batch or of as
+                many tokens, and as :class:`decoding.DecodingSession`.
         """
         self._check_tokens(x, return_loss)
         if ngram_rows is not None:
