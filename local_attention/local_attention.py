@@ -62,25 +62,32 @@ class LocalAttention(nn.Cell):
         self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
         self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
 
-    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None):
+    def to_float(self, dst_type):
+        """Refused for half precision, which this cell does not see in its inputs, but only the cells in it."""
+        _common_type(dst_type, dst_type, dst_type)
+        return super().to_float(dst_type)
+
+    def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, attn_mask=None):
         """Attend.
 
         Args:
-            q, k: ``(..., n, d)`` float32, any leading axes.
-            v: ``(..., n, e)``.
+            q, k: ``(..., n, d)`` float32 or float64, any leading axes.
+            v: ``(..., n, e)``, of the same type.
             mask: ``(b, n)`` booleans, True where a key may be seen; with the leading axes of ``q`` merged to ``g``, row
                 ``r // (g / b)`` holds for row ``r``. A query that sees no key gets zeros.
             input_mask: older name of ``mask``.
-            attn_bias: ``(heads, window, span)`` float32, added to the scores of every window, where ``span`` is
+            attn_bias: ``(heads, window, span)``, added to the scores of every window, where ``span`` is
                 ``window * (look_backward + 1 + look_forward)``; merged row ``r`` has head ``r % heads``.
             window_size: another window than the one given at first, with ``use_xpos`` only.
+            attn_mask: ``(n, n)`` or ``(b, n, n)`` booleans, True where a query (row) may see a key (column), of those
+                that it sees anyway; rows of ``q`` as for ``mask``. Takes memory for ``n ** 2`` booleans.
 
         Returns:
             ``(..., n, e)``.
 
         Raises:
-            ValueError: for shapes that do not fit, a head size other than ``dim``, a length that is not a multiple of
-                the window without ``autopad``, or a ``window_size`` without ``use_xpos``.
+            ValueError: for shapes or types that do not fit, a head size other than ``dim``, a length that is no
+                multiple of the window without ``autopad``, or a ``window_size`` without ``use_xpos``.
         """
         _check_window(window_size, self.use_xpos)
         window = self.window_size if window_size is None else window_size
@@ -89,36 +96,39 @@ class LocalAttention(nn.Cell):
         length, d, e = shape[-2], shape[-1], v.shape[-1]
         q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, e))
         mask = input_mask if mask is None else mask
-        return self.attend_heads(q, k, v, 1, mask, attn_bias, window).reshape((*shape[:-1], e))
+        return self.attend_heads(q, k, v, 1, mask, attn_bias, window, attn_mask).reshape((*shape[:-1], e))
 
-    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None):
+    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None, attn_mask=None):
         """Attend with heads side by side, ``q, k: (b, n, h d)``, ``v: (b, n, h e)``; returns ``(b, n, h e)``.
 
         Several heads only where the backend takes them, see :meth:`takes_projections`.
         """
+        dtype = _common_type(q.dtype, k.dtype, v.dtype)
         groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
         window = self.window_size if window_size is None else window_size
         if mask is not None:
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
-            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
-        if self.takes_projections(q, window):
+            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows)).astype(dtype)
+        if attn_mask is not None:
+            attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
+        elif self.takes_projections(dtype, window):
             if self.l2_norm is not None:
                 k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
             return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
         if self.rotary is None:
             q, k = self.scale_and_rotate(q, k)
         else:
-            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d))
-            k_cos, k_sin = self.rotary.tables(groups, length, 1.0)
+            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), dtype)
+            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, dtype)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
-        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias)
+        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias, attn_mask)
 
-    def takes_projections(self, q, window_size):
+    def takes_projections(self, dtype, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
         rotated. Backends in C++ do so, for float32 and up to a window."""
-        return self.attend.takes_projections and q.dtype == ms.float32 and window_size <= self.attend.max_window
+        return self.attend.takes_projections and dtype == ms.float32 and window_size <= self.attend.max_window
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):
         """Scale and rotate queries and keys, after normalising keys that are the queries: ``(..., n, d)`` each.
@@ -160,6 +170,16 @@ def _check_shapes(q, k, v, window_size, autopad, dim):
 
 
 @constexpr
+def _common_type(q, k, v):
+    if not (q == k == v and q in (ms.float32, ms.float64)):
+        raise ValueError(
+            f"expected q, k and v in float32 or all in float64, got {q}, {k} and {v}: half precision, to_float and "
+            "auto_mixed_precision are not supported"
+        )
+    return q
+
+
+@constexpr
 def _checked_mask(mask, dtype, groups, length):
     """The shape ``mask``. (In graph mode, a check whose result is not used may run after what it should prevent.)"""
     if dtype != ms.bool_ or len(mask) != 2 or mask[1] != length or mask[0] < 1 or groups % mask[0]:
@@ -167,6 +187,18 @@ def _checked_mask(mask, dtype, groups, length):
             f"expected mask: (b, {length}) booleans, where b divides the {groups} rows of q, got {mask} {dtype}"
         )
     return mask
+
+
+@constexpr
+def _checked_attn_mask(attn_mask, dtype, groups, length):
+    """The shape ``attn_mask``, with its first axis."""
+    shape = attn_mask if len(attn_mask) == 3 else (1, *attn_mask)
+    if dtype != ms.bool_ or shape[1:] != (length, length) or shape[0] < 1 or groups % shape[0]:
+        raise ValueError(
+            f"expected attn_mask: ({length}, {length}) or (b, {length}, {length}) booleans, where b divides the "
+            f"{groups} rows of q, got {attn_mask} {dtype}"
+        )
+    return shape
 
 
 @constexpr

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import mindspore as ms
 import numpy as np
 from mindspore import ops
 
@@ -90,6 +91,26 @@ def key_mask(mask, groups, block, back, ahead):
     blocks, span = masked.shape[1], masked.shape[2]
     masked = ops.tile(masked.reshape((b, 1, blocks, 1, span)), (1, groups // b, 1, block, 1))
     return masked.reshape((groups * blocks, block, span))
+
+
+@shared_constant
+def band_index(length, block, back, ahead):
+    """Where the scores of all blocks are in a matrix ``(n, n)`` of queries by keys, one after another, int32.
+
+    Queries and keys beyond the ends, which are masked anyway, have the place of the nearest.
+    """
+    start = np.arange(0, length, block)[:, None, None]
+    query = np.minimum(start + np.arange(block)[:, None], length - 1)
+    key = np.clip(start + np.arange(-back * block, (ahead + 1) * block), 0, length - 1)
+    return (query * length + key).astype(np.int32).reshape(-1)
+
+
+def query_key_mask(attn_mask, groups, block, back, ahead):
+    """A mask per query and key, ``(b, n, n)`` booleans, as an additive mask of all blocks, as :func:`key_mask`."""
+    b, length, _ = attn_mask.shape
+    index = band_index(length, block, back, ahead)
+    masked = (1 - ops.gather(attn_mask.reshape((b, -1)), index, 1).astype(ms.float32)) * MASK_VALUE
+    return ops.tile(masked.reshape((b, 1, -1)), (1, groups // b, 1)).reshape((-1, block, (back + 1 + ahead) * block))
 
 
 def window_bias(attn_bias, groups, blocks, block, back, ahead):

@@ -3,6 +3,7 @@
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, nn, ops
+from mindspore.ops import constexpr
 
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.einops_mindspore import Rearrange
@@ -28,7 +29,7 @@ class LocalMHA(nn.Cell):
         super().__init__()
         self.options = options
         dim, heads, dim_head = options.dim, options.heads, options.dim_head
-        self.heads, self.dim_head = heads, dim_head
+        self.dim, self.heads, self.dim_head = dim, heads, dim_head
         inner = heads * dim_head
         self.norm = LayerNorm(dim, 4 if options.gate_values_per_head else 3) if options.prenorm else None
         self.to_q, self.to_k, self.to_v = dense(dim, inner), dense(dim, inner), dense(dim, inner)
@@ -55,7 +56,11 @@ class LocalMHA(nn.Cell):
 
         Returns:
             ``(b, n, dim)``.
+
+        Raises:
+            ValueError: for another shape or type.
         """
+        x = x.reshape(_checked_shape(x.shape, x.dtype, self.dim))
         return self.attend_with(self.attend, x, (mask, attn_bias))
 
     def attend_with(self, attend, x, inputs):
@@ -72,7 +77,7 @@ class LocalMHA(nn.Cell):
 
     def attend(self, q, k, v, mask, attn_bias):
         """Attention of a sequence to itself: ``q, k, v: (b, n, h d)``, returns the same shape."""
-        if self.attention.takes_projections(q, self.attention.window_size):
+        if self.attention.takes_projections(q.dtype, self.attention.window_size):
             return self.attention.attend_heads(q, k, v, self.heads, mask, attn_bias)
         out = self.attention(self.split_heads(q), self.split_heads(k), self.split_heads(v), mask, None, attn_bias)
         return self.merge_heads(out).reshape(q.shape)
@@ -104,6 +109,22 @@ class LocalMHA(nn.Cell):
         if gates is not None:
             out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head))
         return self.matmul_nt(out, self.to_out.weight)
+
+
+@constexpr
+def _checked_shape(shape, dtype, dim):
+    if len(shape) != 3 or shape[2] != dim:
+        raise ValueError(f"expected x: (b, n, {dim}), got {shape}")
+    check_float32(dtype)
+    return shape
+
+
+def check_float32(dtype):
+    """Refuse other types: one line here, instead of an error of an operator deep inside."""
+    if dtype != ms.float32:
+        raise ValueError(
+            f"expected x in float32, got {dtype}: half precision, to_float and auto_mixed_precision are not supported"
+        )
 
 
 @shared_constant

@@ -46,10 +46,10 @@ class NgramEmbedding(nn.Cell):
         """The :meth:`bucket_ids` of whole sequences.
 
         Args:
-            tokens: ``(b, n)`` int32.
+            tokens: ``(b, n)`` integers.
             mask: ``(b, n)`` booleans; tokens where it is False count as none.
         """
-        numbers = tokens + 1
+        numbers = tokens.astype(ms.int32) + 1
         if mask is not None:
             numbers = numbers * mask.astype(ms.int32)
         none = ops.zeros((numbers.shape[0], self.context), ms.int32)

@@ -6,7 +6,7 @@ from mindspore import nn, ops
 from local_attention.blocks import block_layout, look_around, split_into_blocks
 from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
-from local_attention.masks import MASK_VALUE, key_mask, sees_a_key, window_bias, window_mask
+from local_attention.masks import MASK_VALUE, key_mask, query_key_mask, sees_a_key, window_bias, window_mask
 
 
 class BlockedAttention(nn.Cell):
@@ -38,7 +38,7 @@ class BlockedAttention(nn.Cell):
     def is_available(attention: nn.Cell) -> bool:
         return True
 
-    def construct(self, q, k, v, spec, mask=None, attn_bias=None):
+    def construct(self, q, k, v, spec, mask=None, attn_bias=None, attn_mask=None):
         """Attend.
 
         Args:
@@ -47,6 +47,7 @@ class BlockedAttention(nn.Cell):
             spec: a :class:`MaskSpec`, as a tuple.
             mask: ``(b, n)`` booleans, ``b`` a divisor of ``g``, or None.
             attn_bias: ``(heads, window, window span)``, ``heads`` a divisor of ``g``, or None.
+            attn_mask: ``(b, n, n)`` booleans, ``b`` a divisor of ``g``, or None.
 
         Returns:
             ``(g, n, e)``; zeros for a query that sees no key.
@@ -59,6 +60,8 @@ class BlockedAttention(nn.Cell):
         if mask is not None:
             mask = ops.stop_gradient(mask).astype(ms.float32)
             additive_mask = additive_mask + key_mask(mask, groups, block, back, ahead)
+        if attn_mask is not None:
+            additive_mask = ops.minimum(additive_mask, query_key_mask(attn_mask, groups, block, back, ahead))
         if attn_bias is not None:
             # minus infinity would win over MASK_VALUE, and a row of them gives NaN
             attn_bias = ops.maximum(attn_bias, MASK_VALUE)
@@ -76,7 +79,7 @@ class BlockedAttention(nn.Cell):
             out = self.attend_with_dropout(q, k, v, additive_mask, self.dropout.mask(additive_mask.shape))
         else:
             out = self.attend(q, k, v, additive_mask)
-        if not (mask is None and attn_bias is None):  # else every query sees itself
+        if not (mask is None and attn_bias is None and attn_mask is None):  # else every query sees itself
             out = out * ops.tile(sees_a_key(ops.stop_gradient(additive_mask)), (1, 1, e))
         out = out.reshape((groups, -1, e))
         if length % block:

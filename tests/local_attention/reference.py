@@ -57,12 +57,13 @@ def attention(
     shared_qk=False,
     mask=None,
     attn_bias=None,
+    attn_mask=None,
     **rule,
 ):
     """Attention of ``q, k, v: (..., n, d)`` through the full ``(n, n)`` matrix of scores, row by row.
 
-    ``mask: (b, n)``, ``attn_bias: (heads, window, span)``, whose minus infinity hides keys; xPos with a base. A query
-    without a key gets zeros.
+    ``mask: (b, n)``, ``attn_bias: (heads, window, span)``, whose minus infinity hides keys, ``attn_mask: (b, n, n)``;
+    xPos with a base. A query without a key gets zeros.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     shape, n, d = (*q.shape[:-1], v.shape[-1]), *q.shape[-2:]
@@ -81,6 +82,8 @@ def attention(
         seen &= scores > -np.inf
     if mask is not None:
         seen &= np.repeat(mask, len(q) // len(mask), 0)[:, None]
+    if attn_mask is not None:
+        seen &= np.repeat(attn_mask, len(q) // len(attn_mask), 0)
     if shared_qk:  # itself only where it sees nothing else
         itself = np.eye(n, dtype=bool) & seen
         seen &= ~itself | (seen.sum(-1, keepdims=True) == 1)

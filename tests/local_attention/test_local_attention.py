@@ -12,6 +12,7 @@ from local_attention.blocks import block_layout
 from tests.local_attention import reference
 from tests.local_attention.cells import (
     assert_gradients,
+    both_modes,
     both_paths,
     directions_or_entries,
     for_all,
@@ -301,6 +302,7 @@ def calls(draw):
     merged = int(np.prod(rows))
     divisors = [b for b in range(1, merged + 1) if merged % b == 0]
     masks, heads = draw(st.sampled_from([None, *divisors])), draw(st.sampled_from([None, *divisors]))
+    attn_masks = draw(st.sampled_from([None, None, *divisors]))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     added = {}
     if masks:
@@ -308,6 +310,8 @@ def calls(draw):
     if heads:
         span = window * (rule["look_backward"] + 1 + rule["look_forward"])
         added["attn_bias"] = rng.standard_normal((heads, window, span))
+    if attn_masks:
+        added["attn_mask"] = rng.random((attn_masks, shape[-2], shape[-2])) < 0.6
     return options, rng.standard_normal((4, *shape)), added
 
 
@@ -388,6 +392,50 @@ def test_a_mask_in_blocks_finer_than_the_window_hides_what_it_says(rng):
     options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
     inputs, mask = rng.standard_normal((3, 2, 300, 2)), rng.random((1, 300)) < 0.5
     np.testing.assert_allclose(attend(options, *inputs, mask=mask), defined(options, mask=mask)(*inputs), atol=1e-5)
+
+
+def test_a_mask_per_query_and_key_in_blocks_finer_than_the_window_hides_what_it_says(rng):
+    options = dict(window_size=256, causal=True, exact_windowsize=True, autopad=True)
+    inputs, attn_mask = rng.standard_normal((3, 2, 300, 2)), rng.random((2, 300, 300)) < 0.5
+    out = attend(options, *inputs, attn_mask=attn_mask)
+    np.testing.assert_allclose(out, defined(options, attn_mask=attn_mask)(*inputs), atol=1e-5)
+
+
+class Packed(nn.Cell):
+    """Attention within two documents, of 5 and 6 tokens, in one sequence."""
+
+    def __init__(self, options):
+        super().__init__()
+        document = np.arange(11) < 5
+        self.attention, self.mask = LocalAttention(**options), ms.Tensor(document[:, None] == document)
+
+    def construct(self, q, k, v):
+        return self.attention(q, k, v, attn_mask=self.mask)
+
+
+@both_modes
+def test_packed_documents_get_outputs_and_gradients_as_if_alone(mode, rng):
+    options = dict(window_size=3, causal=True, exact_windowsize=True, dim=4, autopad=True)
+    *inputs, cotangent = rng.standard_normal((4, 2, 11, 4))
+    out, gradients = value_and_gradients(Packed(options), inputs, cotangent)
+    for part in (slice(5), slice(5, None)):
+        alone = [x[:, part] for x in (*inputs, cotangent)]
+        wanted, wanted_gradients = value_and_gradients(LocalAttention(**options), alone[:3], alone[3])
+        np.testing.assert_allclose(out[:, part], wanted, atol=1e-5)
+        for gradient, other in zip(gradients, wanted_gradients, strict=True):
+            np.testing.assert_allclose(gradient[:, part], other, atol=1e-5)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((8, 7), bool), ((3, 8, 8), bool), ((0, 8, 8), bool), ((8,), bool), ((1, 1, 8, 8), bool), ((8, 8), np.float32)],
+    ids=str,
+)
+def test_a_mask_per_query_and_key_of_another_shape_or_type_is_refused(mode, shape, dtype, rng):
+    q, k, v = map(tensor, qkv(rng, 2, 8, 4))
+    with pytest.raises(ValueError, match=r"expected attn_mask: \(8, 8\) or \(b, 8, 8\) booleans"):
+        LocalAttention(4)(q, k, v, attn_mask=ms.Tensor(np.ones(shape, dtype)))
 
 
 @for_all(8, 50, calls(), st.data())
@@ -657,3 +705,45 @@ def test_readme_autopad(heads):
     mask = ms.ops.ones((1, 2057)).bool()
     out = attn(q, k, v, mask=mask)
     assert out.shape == (heads, 2057, 64)
+
+
+# Types
+
+
+@slowly_in_a_graph
+@pytest.mark.parametrize("options", [{}, dict(causal=True, use_xpos=True), dict(shared_qk=True)], ids=str)
+def test_float64_gives_float64_results_with_rotary_embeddings_too(mode, options, rng):
+    q, k, v = qkv(rng, 2, 12, 4)
+    attention = LocalAttention(3, **options, dim=4)
+    out = attention(*(ms.Tensor(x, ms.float64) for x in (q, k, v)))
+    assert out.dtype == ms.float64
+    np.testing.assert_allclose(out.asnumpy(), run(attention, q, k, v), atol=1e-5)
+    if not options:
+        wanted = reference.attention(q, k, v, rotary=True, window_size=3, look_forward=1)
+        np.testing.assert_allclose(out.asnumpy(), wanted, atol=1e-12)
+
+
+@both_modes
+@pytest.mark.parametrize(
+    "types", [3 * [ms.float16], 3 * [ms.bfloat16], 3 * [ms.int32], [ms.float32, ms.float64, ms.float32]], ids=str
+)
+def test_other_types_are_named_and_refused(mode, types):
+    inputs = [ms.ops.ones((1, 8, 4), dtype) for dtype in types]
+    with pytest.raises(ValueError, match=f"float32 or all in float64, got {types[0]}, {types[1]} and {types[2]}:"):
+        LocalAttention(4, dim=4)(*inputs)
+
+
+def test_other_types_are_refused_as_the_type_to_compute_in():
+    with pytest.raises(ValueError, match="got Float16"):
+        LocalAttention(4).to_float(ms.float16)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [ms.float16, ms.float32, ms.float64], ids=str)
+def test_a_bias_of_another_type_is_taken_in_that_of_the_queries(dtype, rng):
+    q, k, v = qkv(rng, 2, 8, 4)
+    bias, attention = rng.integers(-2, 2, (2, 4, 12)), LocalAttention(4)
+    out = attention(*map(tensor, (q, k, v)), attn_bias=ms.Tensor(bias, dtype))
+    wanted = attention(*map(tensor, (q, k, v)), attn_bias=ms.Tensor(bias, ms.float32))
+    assert out.dtype == ms.float32
+    np.testing.assert_array_equal(out.asnumpy(), wanted.asnumpy())

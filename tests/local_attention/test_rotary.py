@@ -58,15 +58,15 @@ def test_the_product_of_rotated_vectors_depends_on_their_distance_alone(i, j, sh
 
 def test_the_table_is_exact_at_far_positions():
     length = 200_000  # there, a float32 product of position and frequency is wrong by 0.01
-    cos, sin = (table.asnumpy() for table in rotary_table(1, length, 4, 10000, 1.0))
+    cos, sin = (table.asnumpy() for table in rotary_table(1, length, 4, 10000, 1.0, ms.float32))
     unit = reference.rotate(np.tile([1.0, 1.0, 0.0, 0.0], (length, 1)))  # cos and sin of both frequencies
     np.testing.assert_allclose(np.concatenate([cos[:, :2], sin[:, :2]], -1), unit, atol=1e-7)
 
 
 def test_the_table_of_the_same_arguments_is_one_pair_of_tensors():
-    first, second = rotary_table(2, 5, 4, 10000, 1.0), rotary_table(2, 5, 4, 10000, 1.0)
+    first, second = rotary_table(2, 5, 4, 10000, 1.0, ms.float32), rotary_table(2, 5, 4, 10000, 1.0, ms.float32)
     assert all(isinstance(a, ms.Tensor) and a is b for a, b in zip(first, second, strict=True))
-    assert rotary_table(2, 5, 4, 10000, 2.0)[0] is not first[0]
+    assert rotary_table(2, 5, 4, 10000, 2.0, ms.float32)[0] is not first[0]
 
 
 class ScoreOfEmbeddings(nn.Cell):

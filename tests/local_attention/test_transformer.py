@@ -1,15 +1,18 @@
+import re
+
 import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from mindspore import nn, ops
+from mindspore import amp, nn, ops
 
-from local_attention import LocalTransformer
+from local_attention import LocalMHA, LocalTransformer
 from tests.local_attention import reference
 from tests.local_attention.cells import (
     Loss,
     assert_gradients,
     both_modes,
+    both_paths,
     directions_or_entries,
     for_all,
     in_a_graph,
@@ -256,6 +259,95 @@ def test_a_sequence_filled_up_with_minus_one_has_the_loss_of_the_sequence_alone(
     filled = np.concatenate([x, [[-1, -1, -1]]], 1)
     loss = float(model(tensor(filled), return_loss=True))
     assert abs(loss - reference.language_model_loss(x, p, **WANTED | dict(depth=1))) < 1e-5
+
+
+@slowly_in_a_graph
+@both_paths
+def test_where_every_label_is_ignored_the_loss_and_all_gradients_are_zero(mode, rng):
+    model, _ = transformer(depth=1, ignore_index=3)
+    x = np.concatenate([tokens(rng, 2, 1), np.full((2, 23), 3)], 1)
+    loss, gradients = value_and_parameter_gradients(Loss(model), x)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients.values())  # NaN counts as True
+
+
+INTEGER_TYPES = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("eager", dtype) for dtype in INTEGER_TYPES]
+    + [pytest.param("graph", dtype, marks=pytest.mark.slow) for dtype in INTEGER_TYPES],
+    indirect=["mode"],
+)
+def test_tokens_of_any_integer_type_are_the_same_tokens(mode, dtype, rng):
+    model, _ = transformer(depth=1, max_ngram=2, ngram_buckets=13, ngram_dim=2)
+    x = tokens(rng, 2, 8)
+    np.testing.assert_array_equal(model(ms.Tensor(x.astype(dtype))).asnumpy(), run(model, x))
+    loss = model(ms.Tensor(x.astype(dtype)), return_loss=True)
+    assert float(loss) == float(model(tensor(x), return_loss=True))
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bool_], ids=str)
+def test_tokens_of_another_type_are_refused(mode, dtype):
+    with pytest.raises(ValueError, match=f"expected tokens of an integer type, got {dtype}"):
+        transformer()[0](ops.ones((2, 8), dtype))
+
+
+@both_modes
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16, ms.float64], ids=str)
+@pytest.mark.parametrize("cell", [LocalMHA, LocalTransformer])
+def test_half_and_double_precision_are_named_and_refused(mode, cell, dtype):
+    options = SIZES | dict(num_tokens=None) if cell is LocalTransformer else dict(dim=6, window_size=3)
+    with pytest.raises(ValueError, match=f"expected x in float32, got {dtype}: half precision"):
+        cell(**options)(ops.ones((2, 8, 6), dtype))
+
+
+@both_modes
+def test_to_float_is_refused_in_the_call(mode):
+    with pytest.raises(ValueError, match="got Float16: half precision, to_float"):
+        transformer(depth=1)[0].to_float(ms.float16)(ops.ones((2, 8), ms.int32))
+
+
+def test_automatic_mixed_precision_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it leaves the code that it generates
+    with pytest.raises(ValueError, match="auto_mixed_precision is not supported"):
+        amp.auto_mixed_precision(transformer(depth=1)[0], "O1")
+
+
+@both_modes
+@pytest.mark.parametrize("bad", [-5, -1, 11, 300, 2**32 + 5])
+def test_a_token_outside_the_vocabulary_is_refused_and_the_next_call_works(mode, bad, rng):
+    model, _ = transformer(depth=1)
+    x = tokens(rng, 2, 8)
+    with_bad = ms.Tensor(np.where(np.arange(8) == 3, bad, x))
+    with pytest.raises(ValueError, match=re.escape(f"expected tokens from 0 to 10, got {bad}")):
+        model(with_bad)
+    if bad != -1:  # the default of ignore_index
+        with pytest.raises(ValueError, match="expected tokens from 0 to 10"):
+            model(with_bad, return_loss=True)
+    if bad == -5:
+        assert np.isfinite(run(model, x)).all()
+
+
+@pytest.mark.parametrize("place", [3, -1], ids=["input", "label"])
+@both_paths
+def test_a_negative_token_that_is_not_checked_is_an_error_and_no_other_token(place, rng):
+    model, _ = transformer(depth=1, max_seq_len=80)
+    x = tokens(rng, 2, 80)
+    x[0, place] = -5
+    with pytest.raises(RuntimeError):
+        model.construct(tensor(x), return_loss=True)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 300])
+def test_an_ignored_index_outside_the_vocabulary_fills_up_sequences(ignore_index, rng):
+    model, _ = transformer(depth=1, ignore_index=ignore_index)
+    x = tokens(rng, 2, 8)
+    filled = np.concatenate([x, np.full((2, 5), ignore_index)], 1)
+    loss, wanted = (float(model(tensor(tokens), return_loss=True)) for tokens in (filled, x))
+    assert abs(loss - wanted) < 1e-6
 
 
 def test_each_token_loss_is_the_cross_entropy_of_its_label(rng):
