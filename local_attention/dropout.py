@@ -2,6 +2,7 @@
 
 import math
 from itertools import count
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -29,18 +30,25 @@ class Dropout(nn.Cell):
     hashes of the seed, the number of the call, and the row or column. As fast as ``nn.Dropout``: 13.9 ms for 4096 × 682
     elements instead of 14.4.
 
+    A copy has a seed of its own, and so other masks.
+
     Args:
         rate: above 0, below 1.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.kept, self.scale = 1 - rate, 1 / (1 - rate)
+        self.rate, self.kept, self.scale = rate, 1 - rate, 1 / (1 - rate)
         self.seed = int(np.random.randint(-(2**31), 2**31, dtype=np.int64))  # which mindspore.set_seed sets
         calls = Parameter(Tensor(0, ms.int32), name=f"dropout_calls.{next(_numbers)}", requires_grad=False)
         attach_hidden_parameter(self, "calls", calls)
         self.matmul, self.floor = ops.MatMul(), ops.Floor()
         self.xor, self.bits, self.shift = ops.BitwiseXor(), ops.BitwiseAnd(), ops.RightShift()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Dropout":
+        copied = Dropout(self.rate).set_train(self.training)
+        copied.calls.set_data(Tensor(self.calls.asnumpy()))
+        return copied
 
     def construct(self, x):
         """``x: (..., d)``, at least two axes."""

@@ -1,11 +1,13 @@
+from copy import deepcopy
+
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import nn
 
 from local_attention.dropout import Dropout, dropout_cell, set_dropout_step
-from local_attention.transformer import LocalTransformer
-from tests.local_attention.cells import both_modes, run
+from local_attention.transformer import LocalMHA, LocalTransformer
+from tests.local_attention.cells import both_modes, in_a_graph, run
 
 ONES = np.ones((300, 200))
 
@@ -71,6 +73,60 @@ def test_cells_of_one_model_drop_different_elements():
     np.random.seed(0)
     cells = nn.CellList([Dropout(0.5), Dropout(0.5)]).set_train()
     assert (run(cells[0], ONES) != run(cells[1], ONES)).mean() > 0.4
+
+
+class Sum(nn.Cell):
+    """The sum of what some cells give for one input."""
+
+    def __init__(self, *cells):
+        super().__init__()
+        self.parts = nn.CellList(list(cells))
+
+    def construct(self, x):
+        total = 0
+        for cell in self.parts:
+            total = total + cell(x)
+        return total
+
+
+def calls(cell):
+    return int(cell.calls.asnumpy())
+
+
+def test_a_copy_drops_other_elements_from_the_same_call_on():
+    cell = dropout()
+    run(cell, ONES)
+    copied = deepcopy(cell)
+    assert copied.training and not deepcopy(cell.set_train(False)).training
+    assert calls(copied) == calls(cell) == 1
+    cell.set_train()
+    assert (run(copied, ONES) != run(cell, ONES)).mean() > 0.3
+    run(copied, ONES)
+    assert (calls(copied), calls(cell)) == (3, 2)
+
+
+def test_copies_are_reproducible():
+    ones = [run(deepcopy(dropout(seed)), ONES) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(ones[0], ones[1])
+    assert (ones[0] != ones[2]).any()
+
+
+@in_a_graph
+def test_a_cell_and_its_copy_fit_in_one_graph(mode):
+    cell = dropout(rate=0.5)
+    both = run(Sum(cell, deepcopy(cell)).set_train(), ONES)
+    assert set(np.unique(both)) == {0, 2, 4}
+
+
+@both_modes
+def test_the_copies_of_a_global_layer_drop_different_elements(mode):
+    np.random.seed(0)
+    inserted = LocalMHA(dim=8, window_size=4, heads=1, dim_head=8, dropout=0.5)
+    options = dict(num_tokens=None, max_seq_len=8, dim=8, depth=2, heads=1, dim_head=8, local_attn_window_size=4)
+    model = LocalTransformer(**options, global_attn_layer=inserted).set_train()
+    assert run(model, np.ones((1, 8, 8))).shape == (1, 8, 8)
+    seeds = [layer.global_attention.attention.attend.dropout.seed for layer in model.layers]
+    assert len({*seeds, inserted.attention.attend.dropout.seed}) == 3
 
 
 def test_a_rate_of_zero_needs_no_cell():
