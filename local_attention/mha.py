@@ -46,6 +46,11 @@ class LocalMHA(nn.Cell):
         self.merge_heads = shared_cell(Rearrange, "(b h) n d -> (b n) (h d)", h=heads)
         self.attention = LocalAttention(**vars(options.attention()))
 
+    def to_float(self, dst_type):
+        """Refused for half precision before it changes cells, which other models share."""
+        check_float32(dst_type)
+        return super().to_float(dst_type)
+
     def construct(self, x, mask=None, attn_bias=None):
         """Attend.
 

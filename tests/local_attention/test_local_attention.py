@@ -460,7 +460,8 @@ def test_autopad_equals_no_padding(call, more):
     n = q.shape[-2]
     padded = [np.concatenate([x, np.full((*x.shape[:-2], more, 4), 3.0)], -2) for x in (q, k, v)]
     mask = added.pop("mask", np.ones((1, n), bool))
-    longer = attend(options, *padded, **added, mask=np.pad(mask, ((0, 0), (0, more))))
+    wide = added | {key: np.pad(added[key], ((0, 0), (0, more), (0, more))) for key in added if key == "attn_mask"}
+    longer = attend(options, *padded, **wide, mask=np.pad(mask, ((0, 0), (0, more))))
     np.testing.assert_allclose(longer[..., :n, :], attend(options, q, k, v, **added, mask=mask), atol=1e-5)
 
 

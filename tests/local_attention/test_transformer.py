@@ -304,10 +304,12 @@ def test_half_and_double_precision_are_named_and_refused(mode, cell, dtype):
         cell(**options)(ops.ones((2, 8, 6), dtype))
 
 
-@both_modes
-def test_to_float_is_refused_in_the_call(mode):
+@pytest.mark.parametrize("cell", [LocalMHA, LocalTransformer])
+def test_half_precision_is_refused_as_the_type_to_compute_in(cell):
+    options = SIZES if cell is LocalTransformer else dict(dim=6, window_size=3)
     with pytest.raises(ValueError, match="got Float16: half precision, to_float"):
-        transformer(depth=1)[0].to_float(ms.float16)(ops.ones((2, 8), ms.int32))
+        cell(**options).to_float(ms.float16)
+    assert not any(getattr(part, "fp16", False) for _, part in cell(**options).cells_and_names())  # some are shared
 
 
 def test_automatic_mixed_precision_is_refused(tmp_path, monkeypatch):
