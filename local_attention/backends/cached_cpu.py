@@ -1,10 +1,11 @@
-"""The two branches of a layer for one decoded token, each as one operator in C++ on a CPU; see kernels.cpp."""
+"""The two branches of a layer for one decoded token, each as one operator in C++ on a CPU; see kernels/README.md."""
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, nn
 
-from local_attention.kernels import kernels_run, operator
+from local_attention.backends.cached import CachedMHA
+from local_attention.kernels import kernels_run, operator, training_kernels_run
 
 
 class CachedMHAOperator(nn.Cell):
@@ -31,7 +32,7 @@ class CachedMHAOperator(nn.Cell):
         super().__init__(auto_prefix=False)
         self.mha, self.keys, self.values = mha, keys, values
         self.attend_to_cache = operator("attend_to_cache")
-        self.absent = ms.Tensor(np.zeros(1, np.float32))  # a single axis means absent, see kernels.cpp
+        self.absent = ms.Tensor(np.zeros(1, np.float32))  # a single axis means absent, see kernels/decode.cpp
         self.l2_normalise_keys = ms.Tensor(np.array([mha.attention.l2_norm is not None], np.int32))
         self.has_decay = mha.attention.has_decay
 
@@ -49,6 +50,24 @@ class CachedMHAOperator(nn.Cell):
         inputs = (rotation, mask, decay, self.keys, self.values, slots)
         rows = x.reshape((x.shape[0], x.shape[2]))
         return self.attend_to_cache(rows, norm.gamma, norm.beta, *weights, *optional, *inputs).reshape(x.shape)
+
+
+class PrefillMHAOperator(CachedMHA):
+    """:class:`CachedMHA` for several tokens per sequence, with the same in-place update of the cache as above."""
+
+    is_available = staticmethod(training_kernels_run)
+
+    def __init__(self, mha: nn.Cell, keys: Parameter, values: Parameter) -> None:
+        super().__init__(mha, keys, values)
+        self.attend_chunk_to_cache = operator("attend_chunk_to_cache")
+        self.absent = ms.Tensor(np.zeros(1, np.float32))
+
+    def attend(self, q, k, v, slots, mask, rotation, decay):
+        if self.mha.attention.l2_norm is not None:
+            k = self.mha.attention.l2_norm(k.reshape((-1, self.mha.dim_head))).reshape(k.shape)
+        if not self.has_decay:
+            decay = self.absent
+        return self.attend_chunk_to_cache(q, k, v, rotation, mask, decay, self.keys, self.values, slots)
 
 
 class FeedForwardOperator(nn.Cell):

@@ -6,7 +6,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.backends import can_compute, choose_backend
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler
@@ -23,7 +23,7 @@ class DecodeStep(nn.Cell):
         count: tokens per sequence and call.
         cache: their :class:`KVCache`.
         global_cells: the :func:`decoding_cells` of the model.
-        use_kernels: whether layers may be computed by the operators in C++, for a count of 1.
+        use_kernels: whether layers may be computed by the operators in C++.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class DecodeStep(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.batch, self.count, self.slots_per_row = model, batch, count, cache.length + 1
-        use_kernels = use_kernels and count == 1
-        backends = [CachedMHAOperator, CachedMHA] if use_kernels else [CachedMHA]
+        operator = CachedMHAOperator if count == 1 else PrefillMHAOperator
+        backends = [operator, CachedMHA] if use_kernels else [CachedMHA]
         remaining = iter(global_cells)
         layers = []
         for layer, keys, values in zip(model.layers, cache.keys, cache.values):
             attention = choose_backend(backends, layer.attention)(layer.attention, keys, values)
             feed_forward = layer.feed_forward
-            if use_kernels and can_compute(FeedForwardOperator, feed_forward):
+            if use_kernels and count == 1 and can_compute(FeedForwardOperator, feed_forward):
                 feed_forward = FeedForwardOperator(feed_forward)
             global_attention = next(remaining) if layer.global_attention is not None else None
             layers.append(layer.with_branches(attention, feed_forward, global_attention))
