@@ -12,7 +12,7 @@ from local_attention import LocalAttention, LocalMHA, kernels
 from local_attention.backends import choose_backend, options_in_use
 from local_attention.backends.blocked import BlockedAttention
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.backends.fused import FusedAttention
 from local_attention.backends.fused_layers import FusedFeedForward
 from local_attention.decoding import DecodingSession
@@ -79,11 +79,12 @@ BACKENDS = {
     "blocked": (BlockedAttention, LocalAttentionOptions, None),
     "cached, decoding": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA)),
     "cached, prefill": (CachedMHA, LocalMHAOptions, partial(decode, CachedMHA, count=4)),
-    "cached_cpu": (CachedMHAOperator, LocalMHAOptions, partial(decode, CachedMHAOperator)),
+    "cached_cpu, decoding": (CachedMHAOperator, LocalMHAOptions, partial(decode, CachedMHAOperator)),
+    "cached_cpu, prefill": (PrefillMHAOperator, LocalMHAOptions, partial(decode, PrefillMHAOperator, count=4)),
 }
 CELLS = {LocalAttentionOptions: LocalAttention, LocalMHAOptions: LocalMHA}
 PORTABLE = {LocalAttentionOptions: BlockedAttention, LocalMHAOptions: CachedMHA}
-IN_CPP = {"fused": needs_fused, "cached_cpu": needs_kernels}
+IN_CPP = {"fused": needs_fused, "cached_cpu, decoding": needs_kernels, "cached_cpu, prefill": needs_fused}
 LENGTH = 8
 
 

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from local_attention.backends.cached import CachedMHA
-from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator
+from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
 from local_attention.layers import FeedForward
-from tests.local_attention.cells import run, tensor
-from tests.local_attention.models import needs_kernels, sequences, transformer, with_and_without_kernels
+from tests.local_attention.cells import needs_fused, run, tensor
+from tests.local_attention.models import sequences, transformer, with_and_without_kernels
 
 
 def decode_step(model, count=1, use_kernels=False):
@@ -29,13 +29,14 @@ def test_a_step_gives_the_logits_after_each_of_its_tokens(count, use_kernels):
         np.testing.assert_allclose(logits, full[:, i * count : (i + 1) * count], atol=1e-4)
 
 
-@needs_kernels
-def test_single_tokens_are_decoded_by_the_kernels_and_several_by_the_portable_backend():
+@needs_fused
+def test_each_number_of_tokens_has_its_own_kernels():
     model = transformer(depth=2)
     for count, use_kernels, attention, feed_forward in [
         (1, True, CachedMHAOperator, FeedForwardOperator),
         (1, False, CachedMHA, FeedForward),
-        (3, True, CachedMHA, FeedForward),
+        (3, True, PrefillMHAOperator, FeedForward),
+        (3, False, CachedMHA, FeedForward),
     ]:
         for layer in decode_step(model, count, use_kernels)[0].layers:
             assert (type(layer.attention), type(layer.feed_forward)) == (attention, feed_forward)
