@@ -18,7 +18,8 @@
 
 using Operator = int(int, void **, int *, int64_t **, const char **, void *, void *);
 extern "C" Operator local_attention_forward, local_attention_backward, norm_linear_forward, norm_linear_backward,
-    feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache, feed_forward;
+    feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache,
+    attend_chunk_to_cache, feed_forward;
 
 // Instead of the standard library's: so that the thread pool has workers on any machine.
 unsigned std::thread::hardware_concurrency() noexcept { return 4; }
@@ -157,6 +158,18 @@ Tensors decoding(int64_t b, int64_t span, bool options) {
               {{b, dim}});
 }
 
+Tensors prefill(int64_t n, int64_t slots, bool options) {
+  Random random(n + slots);
+  const int64_t b = 2, heads = 3, d = 6, rows = b * heads;
+  std::vector<int32_t> into(rows * n);
+  for (int64_t i = 0; i < rows * n; ++i) into[i] = i / n * slots + (i % n + 1) % slots;
+  return call(attend_chunk_to_cache,
+              {random({b, n, heads * d}), random({b, n, heads * d}), random({b, n, heads * d}), random({4, rows * n, d}),
+               random({options ? rows : 1, n, slots + n}), options ? random({1, slots + n, d}) : random({1}),
+               random({rows * slots, d}), random({rows * slots, d}), integers(into)},
+              {{b, n, heads * d}});
+}
+
 // Many loops of few tasks, each of which must run once.
 Tensors loops(int64_t count) {
   std::vector<int> runs(count);
@@ -185,6 +198,9 @@ std::vector<std::function<Tensors()>> jobs() {
   for (int64_t b : {1, 9})
     for (int64_t span : {1, 21})
       for (bool options : {false, true}) jobs.push_back([=] { return decoding(b, span, options); });
+  for (int64_t n : {2, 65})
+    for (int64_t slots : {65, 70})
+      for (bool options : {false, true}) jobs.push_back([=] { return prefill(n, slots, options); });
   return jobs;
 }
 
