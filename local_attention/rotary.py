@@ -32,11 +32,16 @@ def xpos_decay(positions, dim, scale_base):
     return np.concatenate([decay, decay], axis=-1)
 
 
+def numpy_type(dtype):
+    """NumPy's type for one of MindSpore's that attention computes in."""
+    return np.float64 if dtype == ms.float64 else np.float32
+
+
 @shared_constant
 def rotary_table(groups, length, dim, theta, scale, dtype):
     """``scale`` times cosine and sine of the angles of positions 0 … length - 1, each ``(groups * length, dim)``."""
     angles = np.tile(rotary_angles(np.arange(length), dim, theta), (groups, 1))
-    dtype = ms.dtype_to_nptype(dtype)
+    dtype = numpy_type(dtype)
     return (scale * np.cos(angles)).astype(dtype), (scale * np.sin(angles)).astype(dtype)
 
 
@@ -48,13 +53,13 @@ def decay_table(groups, first, length, middle, dim, scale_base, sign, dtype):
         raise ValueError(
             f"expected a larger xpos_scale_base, got {scale_base}: its decay over {length} tokens overflows"
         )
-    return np.tile(decay, (groups, 1, 1)).astype(ms.dtype_to_nptype(dtype))
+    return np.tile(decay, (groups, 1, 1)).astype(numpy_type(dtype))
 
 
 @shared_constant
 def half_rotation(dim, dtype):
     """``(dim, dim)``: ``[x1, x2]`` times it is ``[-x2, x1]``."""
-    half = np.eye(dim // 2, dtype=ms.dtype_to_nptype(dtype))
+    half = np.eye(dim // 2, dtype=numpy_type(dtype))
     zero = np.zeros_like(half)
     return np.block([[zero, half], [-half, zero]])
 
