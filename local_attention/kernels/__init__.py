@@ -30,7 +30,8 @@ def library() -> str | None:
 @cache
 def has_gemm() -> bool:
     """Whether the library finds the matrix products of the oneDNN that MindSpore brings."""
-    return bool(ctypes.CDLL(library()).has_gemm())
+    function = getattr(ctypes.CDLL(library()), "has_gemm", None)  # None: built from former sources
+    return function is not None and bool(function())
 
 
 def kernels_run(cell: nn.Cell) -> bool:

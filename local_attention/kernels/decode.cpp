@@ -22,8 +22,14 @@ using namespace kernels;
 constexpr int64_t kCacheLine = 64;  // bytes
 constexpr int64_t kBlock = 32;      // rows of weights per task
 constexpr int64_t kAhead = 2048;    // prefetch distance, in numbers
+constexpr int64_t kThreads = 8;     // as many use the whole bandwidth of the memory
 
 int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
+template <typename Task>
+void parallel_for(int64_t count, const Task &task) {
+  ThreadPool::instance().parallel_for(count, task, kThreads);
+}
 
 // A matrix whose rows are aligned to cache lines: else every second access would touch two of them.
 class AlignedMatrix {
@@ -198,16 +204,15 @@ OPERATOR(attend_to_cache) {
   const float *to_gate = tensors.optional(kToGate);
   const AlignedMatrix normed(batch, dim), q(batch, inner), k(batch, inner), v(batch, inner), merged(batch, inner),
       scratch(batch * heads, d + span);
-  ThreadPool &pool = ThreadPool::instance();
 
   layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
   const float *const weights[] = {tensors[kToQ], tensors[kToK], tensors[kToV]};
   const AlignedMatrix *const projections[] = {&q, &k, &v};
-  pool.parallel_for(3 * blocks(inner), [&](int64_t i) {
+  parallel_for(3 * blocks(inner), [&](int64_t i) {
     const int64_t which = i / blocks(inner), begin = i % blocks(inner) * kBlock, end = std::min(begin + kBlock, inner);
     multiply(normed, batch, weights[which], dim, begin, end, (*projections[which])[0], q.stride);
   });
-  pool.parallel_for(batch * heads, [&](int64_t row) {
+  parallel_for(batch * heads, [&](int64_t row) {
     const int64_t sequence = row / heads, h = row % heads;
     Head head;
     head.span = span, head.d = d;
@@ -227,7 +232,7 @@ OPERATOR(attend_to_cache) {
       for (int64_t c = 0; c < d; ++c) out[c] /= 1 + std::exp(-gate);
     }
   });
-  pool.parallel_for(blocks(dim), [&](int64_t i) {
+  parallel_for(blocks(dim), [&](int64_t i) {
     multiply(merged, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
   });
   return 0;
@@ -246,16 +251,15 @@ OPERATOR(feed_forward) {
   const Tensors tensors{data, axes, shapes};
   const int64_t batch = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const AlignedMatrix normed(batch, dim), values(batch, inner), gates(batch, inner);
-  ThreadPool &pool = ThreadPool::instance();
 
   layer_norm(tensors[kX], tensors[kGamma], tensors[kBeta], batch, dim, normed);
-  pool.parallel_for(blocks(inner), [&](int64_t i) {
+  parallel_for(blocks(inner), [&](int64_t i) {
     const int64_t begin = i * kBlock, end = std::min(begin + kBlock, inner);
     multiply(normed, batch, tensors[kToValue], dim, begin, end, values[0], values.stride);
     multiply(normed, batch, tensors[kToGate], dim, begin, end, gates[0], gates.stride);
     for (int64_t row = 0; row < batch; ++row) geglu(values[row] + begin, gates[row] + begin, end - begin);
   });
-  pool.parallel_for(blocks(dim), [&](int64_t i) {
+  parallel_for(blocks(dim), [&](int64_t i) {
     multiply(values, batch, tensors[kToOut], inner, i * kBlock, std::min((i + 1) * kBlock, dim), tensors[kOut], dim);
   });
   return 0;

@@ -60,7 +60,7 @@ class ThreadPool {
   // Run a task, if there is one for this thread.
   bool run_task(int64_t thread) {
     uint64_t ticket = ticket_;
-    while (tasks_left(ticket) && thread < threads_) {
+    while (has_task(thread, ticket)) {
       // They belong to this ticket only if it is still the newest; the exchange checks that.
       const auto call = call_.load();
       const void *task = task_;
@@ -73,7 +73,9 @@ class ThreadPool {
     return false;
   }
 
-  static bool tasks_left(uint64_t ticket) { return (ticket & kMask) < (ticket >> kBits & kMask); }
+  bool has_task(int64_t thread, uint64_t ticket) const {
+    return thread < threads_ && (ticket & kMask) < (ticket >> kBits & kMask);
+  }
 
   void work(int64_t thread) {
     auto last = std::chrono::steady_clock::now();
@@ -86,7 +88,7 @@ class ThreadPool {
       } else {
         std::unique_lock<std::mutex> lock(sleep_);
         ++sleeping_;
-        wake_.wait(lock, [this] { return tasks_left(ticket_); });
+        wake_.wait(lock, [&] { return has_task(thread, ticket_); });
         --sleeping_;
       }
     }

@@ -49,7 +49,7 @@ def accept_any_output() -> None:
     By default, both end the program with an error.
     """
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - it stays open
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         setattr(sys, name, stream)
         stream.reconfigure(errors="replace")
 

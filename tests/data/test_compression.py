@@ -9,7 +9,6 @@ import re
 import sys
 import tarfile
 import zipfile
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,9 +18,6 @@ from hypothesis import strategies as st
 from data import DataError, compression
 
 TEXT = b"A file of some length, with some repetition. " * 40
-
-
-ZSTD = pytest.mark.skipif(not (find_spec("backports") and find_spec("backports.zstd")), reason="needs backports.zstd")
 
 
 def tar_of(contents: dict[str, bytes], tar_format: int = tarfile.PAX_FORMAT) -> bytes:
@@ -54,7 +50,7 @@ def packed(zip_of) -> dict[str | None, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", [None, "zip", "tar", "gz", "xz", "lzma", "bz2", pytest.param("zst", marks=ZSTD)])
+@pytest.mark.parametrize("kind", [None, "zip", "tar", "gz", "xz", "lzma", "bz2", "zst"])
 def test_a_file_is_read_whatever_its_name(kind, packed, tmp_path):
     for name in ("data", "data.zip", "data.txt.gz"):
         path = tmp_path / name
@@ -86,7 +82,7 @@ def test_text_that_only_resembles_an_archive_is_raw(text, tmp_path):
     assert compression.read(path).tobytes() == text
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "gz", "xz", "lzma", "bz2", pytest.param("zst", marks=ZSTD)])
+@pytest.mark.parametrize("kind", ["zip", "tar", "gz", "xz", "lzma", "bz2", "zst"])
 def test_a_truncated_archive_is_refused_in_one_line(kind, packed, tmp_path):
     path = tmp_path / "cut"
     path.write_bytes(packed[kind].rstrip(b"\0")[:-20])
@@ -162,7 +158,7 @@ def test_a_tar_without_a_magic_number_is_a_tar(tmp_path):
     "pack",
     [
         *(pytest.param(pack, id=pack.__module__) for pack in (gzip.compress, bz2.compress, lzma.compress)),
-        pytest.param(zst_of, id="zst", marks=ZSTD),
+        pytest.param(zst_of, id="zst"),
     ],
 )
 def test_what_was_unpacked_is_unpacked_again(packed, tmp_path, pack):
@@ -182,7 +178,7 @@ def test_what_is_packed_too_many_times_is_refused(tmp_path):
         compression.read(tmp_path / "file")
 
 
-@pytest.mark.parametrize("kind", [None, "zip", "tar", "gz", "xz", "bz2", pytest.param("zst", marks=ZSTD)])
+@pytest.mark.parametrize("kind", [None, "zip", "tar", "gz", "xz", "bz2", "zst"])
 def test_standard_input_is_unpacked(packed, monkeypatch, kind):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed[kind])))
     assert b"".join(compression.chunks("-", 100)) == TEXT
@@ -229,7 +225,6 @@ def test_without_its_package_zst_is_refused_naming_it(packed, tmp_path, monkeypa
         compression.read(tmp_path / "corpus")
 
 
-@ZSTD
 def test_zst_files_of_several_frames_are_read(tmp_path):
     skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
     (tmp_path / "corpus").write_bytes(skippable + zst_of(TEXT) + skippable + zst_of(TEXT[::-1]))

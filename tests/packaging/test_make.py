@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.local_attention.models import needs_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+
+@needs_make
 def test_help_lists_every_target():
     outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of make test
     done = subprocess.run(["make", "help"], capture_output=True, text=True, timeout=60, cwd=ROOT, env=outside)
@@ -17,7 +21,7 @@ def test_help_lists_every_target():
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["make", target] for target in targets]
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@needs_make
 def test_parity_has_an_environment_of_its_own(tmp_path):
     """Where PyTorch's package is installed, it is what `import local_attention` finds outside the checkout."""
     for name in ("Makefile", "pyproject.toml"):
@@ -30,7 +34,8 @@ def test_parity_has_an_environment_of_its_own(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("make") and shutil.which("g++")), reason="there is no make or no g++")
+@needs_make
+@needs_kernels
 def test_sanitizers_find_no_error_in_the_operators():
     done = subprocess.run(["make", "sanitize"], capture_output=True, text=True, timeout=1200, cwd=ROOT)
     assert done.returncode == 0, done.stderr
