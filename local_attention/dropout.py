@@ -1,6 +1,9 @@
 """Dropout whose masks are a function of a seed and of the number of calls, so that a resumed run has the same ones."""
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -47,8 +50,17 @@ class Dropout(nn.Cell):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Dropout":
         copied = Dropout(self.rate).set_train(self.training)
-        copied.calls.set_data(Tensor(self.calls.asnumpy()))
+        copied.set_call(self.call)
         return copied
+
+    @property
+    def call(self) -> int:
+        """The number of calls so far."""
+        return int(self.calls.asnumpy())
+
+    def set_call(self, number: int) -> None:
+        """Continue as after this number of calls."""
+        self.calls.set_data(Tensor(number, ms.int32))
 
     def construct(self, x):
         """``x: (..., d)``, at least two axes."""
@@ -87,8 +99,39 @@ def arange(count):
     return np.arange(count, dtype=np.int32)
 
 
+def dropouts_of(cell: nn.Cell) -> list[Dropout]:
+    """Every :class:`Dropout` within a cell."""
+    return [inner for _, inner in cell.cells_and_names() if isinstance(inner, Dropout)]
+
+
 def set_dropout_step(model: nn.Cell, calls: int) -> None:
     """Let every :class:`Dropout` of a model continue as after this number of calls."""
-    for _, cell in model.cells_and_names():
-        if isinstance(cell, Dropout):
-            cell.calls.set_data(Tensor(calls, ms.int32))
+    for dropout in dropouts_of(model):
+        dropout.set_call(calls)
+
+
+class Recomputable(nn.Cell):
+    """A cell whose ``recompute`` does eagerly what it does in a graph: the same dropout masks, tensors in tuples."""
+
+    def recompute(self, **options: Any) -> None:
+        """As ``Cell.recompute``: keep no activations of the cell, but compute them again in the backward pass."""
+        super().recompute(**{"use_reentrant": False, "context_fn": partial(with_same_masks, self)} | options)
+
+
+def with_same_masks(cell: nn.Cell) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for a call of a cell and for its recomputation, in which the second draws the masks of the first."""
+    dropouts = dropouts_of(cell)
+    return nullcontext(), calls_at(dropouts, [dropout.call for dropout in dropouts])
+
+
+@contextmanager
+def calls_at(dropouts: Sequence[Dropout], calls: Sequence[int]) -> Iterator[None]:
+    """Let dropouts meanwhile continue as after these numbers of calls."""
+    now = [dropout.call for dropout in dropouts]
+    for dropout, number in zip(dropouts, calls):
+        dropout.set_call(number)
+    try:
+        yield
+    finally:
+        for dropout, number in zip(dropouts, now):
+            dropout.set_call(number)

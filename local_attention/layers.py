@@ -15,8 +15,9 @@ from mindspore.common.initializer import HeUniform, initializer
 from local_attention.backends import can_compute
 from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedNormLinear
 from local_attention.constants import shared_cell
-from local_attention.dropout import dropout_cell
+from local_attention.dropout import Recomputable, dropout_cell
 from local_attention.kernels import training_kernels_run
+from local_attention.mindspore_quirks import GradientByHand
 from local_attention.options import FeedForwardOptions, accepts
 
 # Applies a function to each of many tensors. A loop over them nests the graph one level deeper per tensor, and a list
@@ -29,8 +30,8 @@ def dense(dim_in: int, dim_out: int) -> nn.Dense:
     return nn.Dense(dim_in, dim_out, weight_init=HeUniform(math.sqrt(5)), has_bias=False)
 
 
-class AddBias(nn.Cell):
-    """``x + bias`` over rows; the bias' gradient is a product with ones (0.1 ms), not BiasAddGrad (1.2 ms)."""
+class AddBiasForward(nn.Cell):
+    """``x + bias`` over rows."""
 
     def __init__(self):
         super().__init__()
@@ -40,11 +41,18 @@ class AddBias(nn.Cell):
         """``x: (rows, d)``, ``bias: (d,)``."""
         return self.bias_add(x, bias)
 
+
+class AddBias(GradientByHand, AddBiasForward):
+    """The same; the bias' gradient is a product with ones (0.1 ms), not BiasAddGrad (1.2 ms)."""
+
+    def __init__(self):
+        super().__init__(AddBiasForward())
+
     def bprop(self, x, bias, out, grad):
         return grad, self.matmul(ops.ones((1, grad.shape[0]), grad.dtype), grad).reshape(-1)
 
 
-class Standardise(nn.Cell):
+class StandardiseForward(nn.Cell):
     """``(x - mean) / sqrt(variance + 1e-5)`` of rows: LayerNorm (Ba et al. 2016, arXiv 1607.06450), no affine map."""
 
     def __init__(self, dim):
@@ -65,6 +73,11 @@ class Standardise(nn.Cell):
         """``x: (rows, dim)``."""
         centred, scale = self.centre_and_scale(x)
         return centred * scale
+
+
+class Standardise(GradientByHand, StandardiseForward):
+    def __init__(self, dim):
+        super().__init__(StandardiseForward(dim), dim)
 
     def bprop(self, x, out, grad):
         _, scale = self.centre_and_scale(x)
@@ -114,7 +127,7 @@ class LayerNorm(nn.Cell):
         return self.add_bias(self.matmul_nt(x, weight * gamma), bias)
 
 
-class L2Norm(nn.Cell):
+class L2NormForward(nn.Cell):
     """Rows divided by their length, or by 1e-12 where they are shorter, as PyTorch's ``normalize``."""
 
     def __init__(self):
@@ -125,11 +138,6 @@ class L2Norm(nn.Cell):
         """``x: (rows, d)``."""
         return x * self.inverse_length(x)
 
-    def bprop(self, x, out, grad):
-        longer = ((x * x).sum(-1, keepdims=True) > 1e-24).astype(x.dtype)  # a row of zeros is divided by a constant
-        along = self.repeat((out * grad).sum(-1, keepdims=True) * longer, x)
-        return (self.inverse_length(x) * (grad - out * along),)
-
     def inverse_length(self, x):
         return self.repeat(self.rsqrt(ops.maximum((x * x).sum(-1, keepdims=True), 1e-24)), x)
 
@@ -137,26 +145,41 @@ class L2Norm(nn.Cell):
         return self.matmul(column, ops.ones((1, x.shape[1]), x.dtype))
 
 
-class GEGLU(nn.Cell):
+class L2Norm(GradientByHand, L2NormForward):
+    def __init__(self):
+        super().__init__(L2NormForward())
+
+    def bprop(self, x, out, grad):
+        longer = ((x * x).sum(-1, keepdims=True) > 1e-24).astype(x.dtype)  # a row of zeros is divided by a constant
+        along = self.repeat((out * grad).sum(-1, keepdims=True) * longer, x)
+        return (self.inverse_length(x) * (grad - out * along),)
+
+
+class GEGLUForward(nn.Cell):
     """``value * gelu(gate)``, exact GELU (Shazeer 2020, arXiv 2002.05202); ``ops.gelu`` takes three times as long."""
 
     def __init__(self):
         super().__init__()
-        self.erf, self.exp = ops.Erf(), ops.Exp()
+        self.erf, self.exp, self.mul = ops.Erf(), ops.Exp(), ops.Mul()
 
-    def normal_cdf(self, x):
-        return 0.5 + 0.5 * self.erf(x * math.sqrt(0.5))
+    def normal_cdf(self, x):  # by ops.Mul, as a graph takes x * number in a bprop for a part of the forward pass
+        return 0.5 + self.mul(self.erf(self.mul(x, math.sqrt(0.5))), 0.5)
 
     def construct(self, value, gate):
         return value * (gate * self.normal_cdf(gate))
 
+
+class GEGLU(GradientByHand, GEGLUForward):
+    def __init__(self):
+        super().__init__(GEGLUForward())
+
     def bprop(self, value, gate, out, grad):
         cdf = self.normal_cdf(gate)
-        density = self.exp(gate * gate * -0.5) * (1 / math.sqrt(2 * math.pi))
+        density = self.mul(self.exp(self.mul(gate * gate, -0.5)), 1 / math.sqrt(2 * math.pi))
         return grad * (gate * cdf), grad * value * (cdf + gate * density)
 
 
-class FeedForward(nn.Cell):
+class FeedForward(Recomputable):
     """LayerNorm, GEGLU of inner size ``int(dim * mult * 2 / 3)``, linear layer; no biases.
 
     The arguments are those of :class:`FeedForwardOptions`.
@@ -177,8 +200,9 @@ class FeedForward(nn.Cell):
         """``x: (..., dim)``, returns the same shape."""
         rows = x.reshape((-1, x.shape[-1]))
         if self.fused is not None and x.dtype == ms.float32:
-            weights = (self.to_value.weight, self.to_gate.weight, self.to_out.weight)
-            return self.fused(rows, self.norm.gamma, self.norm.beta, *weights)[0].reshape(x.shape)
+            gamma, beta = self.norm.gamma, self.norm.beta
+            out = self.fused(rows, gamma, beta, self.to_value.weight, self.to_gate.weight, self.to_out.weight)
+            return out[0].reshape(x.shape)
         value, gate = self.norm(rows, (self.to_value.weight, self.to_gate.weight))
         inner = self.geglu(value, gate)
         if self.dropout is not None:
@@ -186,7 +210,7 @@ class FeedForward(nn.Cell):
         return self.matmul_nt(inner, self.to_out.weight).reshape(x.shape)
 
 
-class SoftmaxCrossEntropy(nn.Cell):
+class SoftmaxCrossEntropyForward(nn.Cell):
     """:class:`CrossEntropy` by MindSpore's own operators."""
 
     def __init__(self):
@@ -196,6 +220,13 @@ class SoftmaxCrossEntropy(nn.Cell):
 
     def construct(self, logits, labels):
         return -self.gather(self.log_softmax(logits), 1, labels.reshape((-1, 1))).reshape(-1)
+
+
+class SoftmaxCrossEntropy(GradientByHand, SoftmaxCrossEntropyForward):
+    """The same with its gradient written by hand."""
+
+    def __init__(self):
+        super().__init__(SoftmaxCrossEntropyForward())
 
     def bprop(self, logits, labels, out, grad):
         classes = logits.shape[1]
@@ -210,7 +241,7 @@ class CrossEntropy(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.softmax_cross_entropy = SoftmaxCrossEntropy()
+        self.softmax_cross_entropy = shared_cell(SoftmaxCrossEntropy)
         self.fused = shared_cell(FusedCrossEntropy) if training_kernels_run(self) else None
 
     def construct(self, logits, labels):

@@ -1,13 +1,13 @@
 """Attention within windows: the core of the library."""
 
 import mindspore as ms
-from mindspore import nn
 from mindspore.ops import constexpr
 
 from local_attention.backends import choose_backend
 from local_attention.backends.blocked import BlockedAttention
 from local_attention.backends.fused import FusedAttention
 from local_attention.constants import shared_cell
+from local_attention.dropout import Recomputable
 from local_attention.layers import L2Norm
 from local_attention.options import LocalAttentionOptions, accepts
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary
@@ -20,7 +20,7 @@ TOKEN_SELF_ATTN_VALUE = -5e4
 SEQUENCE_BACKENDS = (FusedAttention, BlockedAttention)
 
 
-class LocalAttention(nn.Cell):
+class LocalAttention(Recomputable):
     """Scaled dot-product attention in which a query sees only the keys of the windows around it.
 
     The query at position ``i`` lies in window ``w = i // window_size`` and looks at windows ``w - look_backward`` to

@@ -6,13 +6,14 @@ from mindspore import Parameter, nn, ops
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_cell, shared_constant
+from local_attention.dropout import Recomputable
 from local_attention.einops_mindspore import Rearrange
 from local_attention.layers import AddBias, L2Norm, LayerNorm, dense, tree_map
 from local_attention.local_attention import LocalAttention
 from local_attention.options import LocalMHAOptions, accepts
 
 
-class LocalMHA(nn.Cell):
+class LocalMHA(Recomputable):
     """Multi-head attention within windows, of any length: ``x: (b, n, dim) -> (b, n, dim)``.
 
     ``exact_windowsize`` is True unless given. With ``qk_rmsnorm``, queries and keys are l2-normalised and multiplied by

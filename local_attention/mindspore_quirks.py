@@ -67,6 +67,38 @@ def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> N
     vars(cell)[name] = parameter
 
 
+class GradientByHand(nn.Cell):
+    """The base of a cell with a ``bprop``; its forward pass is that of another cell, which has none.
+
+    In graphs ``Cell.recompute`` knows the operators of the backward pass by the name of their scope, which MindSpore
+    sets only for gradients that it derives itself. Without it, compilation fails with "Graph cycle exists", or no
+    memory is saved. Both passes of a cell have the same scope: hence the other cell.
+
+    Args:
+        forward: the other cell.
+        args: for the next base, where ``bprop`` needs the methods of the other cell, too.
+    """
+
+    def __init__(self, forward: nn.Cell, *args: Any) -> None:
+        super().__init__(*args)
+        self.forward = forward
+
+    def construct(self, *inputs):
+        return self.forward(*inputs)
+
+    def get_scope(self) -> str:
+        return "Gradients/by_hand"
+
+
+def keep_from_recompute(cell: nn.Cell) -> nn.Cell:
+    """Let ``Cell.recompute`` of a cell that uses this one leave it unmarked, so that others can use it, too.
+
+    Its operators are recomputed nevertheless: they are marked where they are called.
+    """
+    cell._has_config_recompute = True
+    return cell
+
+
 def tanh(x: Any) -> Any:
     """``2 sigmoid(2x) - 1``, with an error of 2e-6. ``ops.tanh`` is wrong by 1e-4 around ±5 on a CPU."""
     return ops.sigmoid(x * 2) * 2 - 1

@@ -10,6 +10,7 @@ from mindspore import nn, ops
 from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
+from local_attention.dropout import Recomputable
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
 from local_attention.mha import LocalMHA, check_float32
@@ -23,7 +24,7 @@ __all__ = ["Layer", "LocalMHA", "LocalTransformer"]
 INTEGER_TYPES = (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8, ms.uint16, ms.uint32, ms.uint64)
 
 
-class Layer(nn.Cell):
+class Layer(Recomputable):
     """Attention and feed-forward, each connected to the residual stream or streams.
 
     In training and evaluation, ``attention`` and ``feed_forward`` are :class:`LocalMHA` and :class:`FeedForward`; in
@@ -72,7 +73,7 @@ class Layer(nn.Cell):
         return connection.post(out.reshape(branch_input.shape), x, beta)
 
 
-class LocalTransformer(nn.Cell):
+class LocalTransformer(Recomputable):
     """A language model whose layers attend within windows: tokens ``(b, n)`` to logits ``(b, n, num_tokens)``.
 
     The arguments are those of :class:`LocalTransformerOptions`.

@@ -7,6 +7,7 @@ from local_attention.blocks import block_layout, look_around, split_into_blocks
 from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, key_mask, query_key_mask, sees_a_key, window_bias, window_mask
+from local_attention.mindspore_quirks import GradientByHand
 
 
 class BlockedAttention(nn.Cell):
@@ -87,14 +88,8 @@ class BlockedAttention(nn.Cell):
         return out
 
 
-class Attend(nn.Cell):
-    """``softmax(q kᵀ + mask) v`` with its gradient written by hand; all operands full size, nothing is broadcast.
-
-    The backward pass names the weights ``p`` as the forward pass does, and a static graph computes them once. With
-    ``do`` the gradient of the output, ``ds = p * (do vᵀ - rowsum(do * o))``: the row sum over channels equals that over
-    keys, ``rowsum(p * (do vᵀ))``, and is subtracted inside the product, ``[do, -delta] [v, 1]ᵀ``. (The framework's
-    softmax gradient takes 37 ms, this one a third of that.)
-    """
+class AttendForward(nn.Cell):
+    """``softmax(q kᵀ + mask) v``; all operands full size, nothing is broadcast."""
 
     def __init__(self):
         super().__init__()
@@ -110,6 +105,19 @@ class Attend(nn.Cell):
         """``q: (g, i, d)``, ``k: (g, j, d)``, ``v: (g, j, e)``, ``mask: (g, i, j)`` additive. Returns ``(g, i, e)``."""
         return self.matmul(self.weights(q, k, mask), v)
 
+
+class Attend(GradientByHand, AttendForward):
+    """The same with its gradient written by hand.
+
+    The backward pass names the weights ``p`` as the forward pass does, and a static graph computes them once. With
+    ``do`` the gradient of the output, ``ds = p * (do vᵀ - rowsum(do * o))``: the row sum over channels equals that over
+    keys, ``rowsum(p * (do vᵀ))``, and is subtracted inside the product, ``[do, -delta] [v, 1]ᵀ``. (The framework's
+    softmax gradient takes 37 ms, this one a third of that.)
+    """
+
+    def __init__(self):
+        super().__init__(AttendForward())
+
     def bprop(self, q, k, v, mask, out, do):
         p = self.weights(q, k, mask)
         delta = (out * do).sum(-1, keepdims=True)
@@ -117,11 +125,16 @@ class Attend(nn.Cell):
         return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p, do), ds
 
 
-class AttendWithDropout(Attend):
+class AttendWithDropoutForward(AttendForward):
     """``(softmax(q kᵀ + mask) * keep) v``; ``keep: (g, i, j)`` is 0 where a weight is dropped, else ``1 / (1 - p)``."""
 
     def construct(self, q, k, v, mask, keep):
         return self.matmul(self.weights(q, k, mask) * keep, v)
+
+
+class AttendWithDropout(GradientByHand, AttendWithDropoutForward):
+    def __init__(self):
+        super().__init__(AttendWithDropoutForward())
 
     def bprop(self, q, k, v, mask, keep, out, do):
         p = self.weights(q, k, mask)

@@ -7,8 +7,9 @@ import numpy as np
 from mindspore import nn, ops
 
 from local_attention.constants import shared_cell, shared_constant
-from local_attention.kernels import operator, training_kernels_run
+from local_attention.kernels import OperatorCell, operator, training_kernels_run
 from local_attention.masks import MaskSpec
+from local_attention.mindspore_quirks import GradientByHand
 from local_attention.rotary import rotary_angles, xpos_decay
 
 # Of xPos, in units of its base: over half the span the decay is 3.5 ** 55, or 8e29.
@@ -70,22 +71,18 @@ def max_window(attention):
     return (MAX_DECAY_SPAN * attention.rotary.scale_base - TILE) // windows
 
 
-class FusedAttend(nn.Cell):
+class FusedAttend(GradientByHand):
     """The operator and its gradient. Arguments and results: ``kernels/attention.cpp``."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.forward = operator("local_attention_forward", forward_shapes, 2)
+        super().__init__(OperatorCell("local_attention_forward", forward_shapes, 2))
         self.backward = operator("local_attention_backward", backward_shapes, 4)
 
-    def construct(self, q, k, v, sizes, factors, rotation, decay, keep, bias):
-        return self.forward(q, k, v, sizes, factors, rotation, decay, keep, bias)
-
     def bprop(self, q, k, v, sizes, factors, rotation, decay, keep, bias, out, grad):
-        constants = (sizes, factors, rotation, decay, keep)
-        dq, dk, dv, dbias = self.backward(q, k, v, *constants, bias, out[0], out[1], grad[0])
+        dq, dk, dv, dbias = self.backward(q, k, v, sizes, factors, rotation, decay, keep, bias, out[0], out[1], grad[0])
         if bias.ndim > 1:
             dbias = dbias.reshape((-1, *bias.shape)).sum(0)
+        constants = (sizes, factors, rotation, decay, keep)
         return dq, dk, dv, *[ops.zeros_like(constant) for constant in constants], dbias
 
 

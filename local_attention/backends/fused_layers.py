@@ -1,33 +1,41 @@
 """What a layer computes beside attention, by fused operators in C++ for whole sequences; see kernels/README.md."""
 
-from mindspore import nn, ops
+from mindspore import ops
 
-from local_attention.kernels import operator, training_kernels_run
+from local_attention.kernels import OperatorCell, operator, training_kernels_run
+from local_attention.mindspore_quirks import GradientByHand
 
 
-class FusedNormLinear(nn.Cell):
+class NormLinearForward(OperatorCell):
+    def construct(self, x, gamma, beta, weights):
+        return self.operator(x, gamma, beta, *weights)
+
+
+class FusedNormLinear(GradientByHand):
     """LayerNorm and then each of several linear layers: :class:`LayerNorm` in one operator.
+
+    Called with ``x: (rows, dim)``, gamma, beta and weights, each ``(d, dim)``; returns ``(rows, d)``, of several
+    weights as a tuple. (In eager mode, the gradient of a tuple of one is no tuple.)
 
     Args:
         outputs: number of linear layers.
     """
 
     def __init__(self, outputs: int) -> None:
-        super().__init__()
+        super().__init__(NormLinearForward("norm_linear_forward", norm_linear_shapes, outputs))
         self.outputs = outputs
-        self.forward = operator("norm_linear_forward", norm_linear_shapes, outputs)
         self.backward = operator("norm_linear_backward", inputs_as_shapes(3 + outputs), 3 + outputs)
 
-    def construct(self, x, gamma, beta, weights):
-        """``x: (rows, dim)``, ``weights``: each ``(d, dim)``; returns ``(rows, d)``, of several weights as a tuple.
-
-        (In eager mode, the gradient of a tuple of one is no tuple.)
-        """
-        return self.forward(x, gamma, beta, *weights)
-
     def bprop(self, x, gamma, beta, weights, out, grad):
-        grads = (grad,) if self.outputs == 1 else grad
-        gradients = self.backward(x, gamma, beta, *weights, *grads)
+        w, g = weights, grad  # written out: a call with * is not in the scope of GradientByHand
+        if self.outputs == 1:
+            gradients = self.backward(x, gamma, beta, w[0], g)
+        elif self.outputs == 2:
+            gradients = self.backward(x, gamma, beta, w[0], w[1], g[0], g[1])
+        elif self.outputs == 3:
+            gradients = self.backward(x, gamma, beta, w[0], w[1], w[2], g[0], g[1], g[2])
+        else:
+            gradients = self.backward(x, gamma, beta, w[0], w[1], w[2], w[3], g[0], g[1], g[2], g[3])
         return gradients[0], gradients[1], gradients[2], gradients[3:]
 
 
@@ -43,23 +51,23 @@ def inputs_as_shapes(count):
     return lambda *shapes: shapes[:count]
 
 
-class FusedFeedForward(nn.Cell):
-    """:class:`FeedForward` in one operator. For the backward pass it keeps the two halves of the widest activations."""
+class FusedFeedForward(GradientByHand):
+    """:class:`FeedForward` in one operator. For the backward pass it keeps the two halves of the widest activations.
+
+    Called with ``x: (rows, dim)``, gamma, beta and the three weights; returns ``(rows, dim)`` and twice
+    ``(rows, inner)``, which only ``bprop`` needs.
+    """
 
     computes = frozenset({"dim", "mult"})
     is_available = staticmethod(training_kernels_run)
 
     def __init__(self) -> None:
-        super().__init__()
-        self.forward = operator("feed_forward_forward", feed_forward_shapes, 3)
+        super().__init__(OperatorCell("feed_forward_forward", feed_forward_shapes, 3))
         self.backward = operator("feed_forward_backward", inputs_as_shapes(6), 6)
 
-    def construct(self, x, gamma, beta, to_value, to_gate, to_out):
-        """``x: (rows, dim)``; returns ``(rows, dim)`` and twice ``(rows, inner)``, which only ``bprop`` needs."""
-        return self.forward(x, gamma, beta, to_value, to_gate, to_out)
-
     def bprop(self, x, gamma, beta, to_value, to_gate, to_out, out, grad):
-        return self.backward(x, gamma, beta, to_value, to_gate, to_out, out[1], out[2], grad[0])
+        grad = ops.depend(grad[0], gamma)  # in the scope of GradientByHand
+        return self.backward(x, gamma, beta, to_value, to_gate, to_out, out[1], out[2], grad)
 
 
 def feed_forward_shapes(x, gamma, beta, to_value, *others):
@@ -68,17 +76,12 @@ def feed_forward_shapes(x, gamma, beta, to_value, *others):
     return x, inner, inner
 
 
-class FusedCrossEntropy(nn.Cell):
-    """:class:`CrossEntropy` in one operator."""
+class FusedCrossEntropy(GradientByHand):
+    """:class:`CrossEntropy` in one operator: ``logits: (rows, classes)``, ``labels: (rows,)`` int32 to ``(rows,)``."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.forward = operator("cross_entropy_forward", cross_entropy_shapes)
+        super().__init__(OperatorCell("cross_entropy_forward", cross_entropy_shapes))
         self.backward = operator("cross_entropy_backward")
-
-    def construct(self, logits, labels):
-        """``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
-        return self.forward(logits, labels)
 
     def bprop(self, logits, labels, out, grad):
         return self.backward(logits, labels, grad), ops.zeros_like(labels)

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -57,3 +58,14 @@ def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) ->
     """An operator whose ``outputs`` have the ``shapes`` that a function gives for those of its inputs."""
     dtypes = ms.float32 if outputs == 1 else (ms.float32,) * outputs
     return Operator(f"{library()}:{name}", shapes, dtypes, func_type="aot")
+
+
+class OperatorCell(nn.Cell):
+    """An :func:`operator` as a cell."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.operator = operator(*args)
+
+    def construct(self, *inputs):
+        return self.operator(*inputs)
