@@ -115,7 +115,10 @@ class Recomputable(nn.Cell):
 
     def recompute(self, **options: Any) -> None:
         """As ``Cell.recompute``: keep no activations of the cell, but compute them again in the backward pass."""
-        super().recompute(**{"use_reentrant": False, "context_fn": partial(with_same_masks, self)} | options)
+        # Without early_stop=False, recomputing ends by an exception as soon as all is known. Within a cell that has a
+        # bprop, MindSpore 2.10 is left in a wrong state by it, and later gradients are wrong or fail.
+        eager = {"use_reentrant": False, "early_stop": False, "context_fn": partial(with_same_masks, self)}
+        super().recompute(**eager | options)
 
 
 def with_same_masks(cell: nn.Cell) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

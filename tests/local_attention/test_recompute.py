@@ -22,6 +22,7 @@ EVERYTHING = dict(use_dynamic_pos_bias=True, num_residual_streams=2, qk_rmsnorm=
 WHAT = {
     "layers": lambda layer: [layer],
     "branches": lambda layer: [layer.attention, layer.feed_forward],
+    "inner cells": lambda layer: [layer.attention.attention, layer.feed_forward],  # which end in a gradient by hand
     "nothing": lambda layer: [],
 }
 
@@ -46,6 +47,8 @@ def loss_and_gradients(what, options):
         pytest.param("eager", "fused", "layers", EVERYTHING, marks=needs_fused),
         ("eager", "portable", "layers", EVERYTHING | DROPOUT),
         ("eager", "portable", "branches", DROPOUT),
+        ("eager", "portable", "inner cells", DROPOUT),
+        pytest.param("eager", "fused", "inner cells", {}, marks=needs_fused),
         pytest.param("graph", "fused", "layers", {}, marks=needs_fused),
         ("graph", "portable", "layers", {}),
         *(
