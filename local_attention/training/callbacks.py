@@ -329,9 +329,9 @@ class Sample(Event):
             if i % STEPS_PER_CALL == 0:
                 self.check_signals()
             sampled.append(int(token))
-        text = as_text(sampled)
-        self.run_log.record("sample", self.state, text=text, prompt=as_text(self.prompt))
-        log.info(f"step {self.state.step:>6,}  sample:\n{indent(text)}")
+        text, prompt, step = as_text(sampled), as_text(self.prompt), f"step {self.state.step:>6,}"
+        self.run_log.record("sample", self.state, text=text, prompt=prompt)
+        log.info(f"{step}  prompt:\n{indent(prompt)}\n{step}  sample:\n{indent(text)}")
 
 
 class SaveLast(Callback):

@@ -572,7 +572,7 @@ def test_the_continuation_of_the_prompt_is_recorded_and_logged(sample, caplog):
     callback = sample(state)
     steps_of(callback, state, 2)
     assert callback.run_log.records == [("sample", 2, {"text": "é\ufffd!", "prompt": "a\ufffd"})]
-    assert "step      2  sample:\n    é\ufffd!" in caplog.messages[0]
+    assert "step      2  prompt:\n    a\ufffd\nstep      2  sample:\n    é\ufffd!" in caplog.messages[0]
     ((_, prompt, length, options),) = callback.calls
     assert (prompt, length, options["seed"]) == (b"a\x00", 4, 7)
     assert options["num_tokens"] == 256  # bytes, whatever the model's vocabulary
