@@ -7,7 +7,8 @@ Settings that are the same in all runs are left out, and those that only say whe
 most runs have in common is printed once, below the table.
 
 A run marked with "…" has no final scores, as it has not ended, or has been continued since. It shows the latest score
-of an evaluation, on the first bytes of the validation split.
+of an evaluation, on the first bytes of the validation split. Scores of ``scripts/evaluate.py dynamic=true`` have
+columns of their own.
 """
 
 import argparse
@@ -31,11 +32,17 @@ from local_attention.training.metrics import read_records
 from local_attention.training.schema import flatten, format_value
 from local_attention.training.terminal import accept_any_output
 
-HEADER = ("run", "params", "steps", "bytes", "val bpb", "test bpb", "bytes/s", "settings")
-NUMBERS = (
-    *(("params", ","), ("steps", ","), ("bytes_seen", ","), ("val_bpb", ".4f"), ("test_bpb", ".4f")),
-    ("bytes_per_s", ",.0f"),
-)
+NUMBERS = {  # of a run: the head of their column, and their format
+    "params": ("params", ","),
+    "steps": ("steps", ","),
+    "bytes_seen": ("bytes", ","),
+    "val_bpb": ("val bpb", ".4f"),
+    "test_bpb": ("test bpb", ".4f"),
+    "val_bpb_dynamic": ("val dynamic", ".4f"),
+    "test_bpb_dynamic": ("test dynamic", ".4f"),
+    "bytes_per_s": ("bytes/s", ",.0f"),
+}
+DYNAMIC = ("val_bpb_dynamic", "test_bpb_dynamic")  # shown if any run has them
 NOT_COMPARED = (
     *("run_dir", "resume", "data.dir", "train.log_every", "train.eval_every", "train.checkpoint_every"),
     *("train.keep_last", "train.generate_every", "train.generate_length", "train.profile"),
@@ -115,16 +122,18 @@ def table(runs: list[dict[str, Any]], width: int = 160) -> Iterator[str]:
     def score(run: dict[str, Any]) -> float:
         return next((run[key] for key in ("test_bpb", "val_bpb") if run.get(key) is not None), float("inf"))
 
+    shown = {key: column for key, column in NUMBERS.items() if key not in DYNAMIC or any(run.get(key) for run in runs)}
+
     def cells(run: dict[str, Any]) -> list[str]:
-        numbers = ["-" if run.get(key) is None else format(run[key], form) for key, form in NUMBERS]
+        numbers = ["-" if run.get(key) is None else format(run[key], form) for key, (_, form) in shown.items()]
         return [run["run"] + ("" if run["is_final"] else " …"), *numbers]
 
     runs = sorted(runs, key=score)
     own, common = differences([run["settings"] for run in runs])
-    rows = [HEADER[:-1], *map(cells, runs)]
+    rows = [["run", *(head for head, _ in shown.values())], *map(cells, runs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     indent = sum(widths) + 2 * len(widths)
-    for row, settings in zip(rows, [HEADER[-1], *own], strict=True):
+    for row, settings in zip(rows, ["settings", *own], strict=True):
         aligned = [cell.rjust(size) if i else cell.ljust(size) for i, (cell, size) in enumerate(zip(row, widths))]
         first, *rest = wrapped(settings, max(MIN_SETTINGS, width - indent)) or [""]
         yield "  ".join([*aligned, first]).rstrip()

@@ -19,7 +19,7 @@ def main(config: EvaluateConfig) -> None:
     import data
     from local_attention.training.build import load_model
     from local_attention.training.device import use_device
-    from local_attention.training.dynamic import dynamic_score, load_step
+    from local_attention.training.dynamic import dynamic_score, load_step, record_score
     from local_attention.training.errors import UsageError
     from local_attention.training.evaluate import Evaluator, eval_span
     from local_attention.training.run_dir import checkpoint_of
@@ -34,7 +34,8 @@ def main(config: EvaluateConfig) -> None:
     config = fill_from_checkpoint(config, meta)
     assert config.seq_len and config.batch_size  # filled
     corpus = data.load(config.data)
-    if "data" in meta and meta["data"]["fingerprint"] != corpus.fingerprint:
+    same_data = "data" in meta and meta["data"]["fingerprint"] == corpus.fingerprint
+    if "data" in meta and not same_data:
         trained_on = f"{meta['data']['name']}, fingerprint {meta['data']['fingerprint']}"
         log.warning(f"warning: {path} was trained on {trained_on}; this is {corpus.name}, {corpus.fingerprint}")
 
@@ -53,6 +54,16 @@ def main(config: EvaluateConfig) -> None:
         name, how = config.split, f"stride {config.stride}"
     how = f"checkpoint {path}, seq_len {config.seq_len}, {how}"
     print(f"{name}: {score.bpb:.6f} bpb over {score.bytes_scored:,} bytes ({how})", flush=True)
+
+    # Keep a dynamic score that belongs to the run: the end of a run has recorded the static ones.
+    is_of_run = same_data and config.checkpoint == "best" and config.seq_len == meta["config"]["train"]["seq_len"]
+    if (
+        config.run
+        and config.dynamic
+        and is_of_run
+        and record_score(config.run, config.split, score, config.dynamic_rate)
+    ):
+        log.info(f"recorded in {Path(config.run) / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import yaml
 from mindspore import Tensor, nn
 
-from local_attention.training.checkpoint import read, restore
+from local_attention.training.checkpoint import Checkpoints, read, read_meta, restore, write_text
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.errors import RunError
 from local_attention.training.evaluate import Evaluator, Score, tokens_of
 from local_attention.training.optimizer import build_optimizer
+from local_attention.training.run_dir import lock
+from local_attention.training.run_log import RunLog
 from local_attention.training.schema import parse
+from local_attention.training.state import RunState
 from local_attention.training.step import TrainStep
 
 log = logging.getLogger("evaluate")
@@ -82,3 +88,39 @@ def require_finite(loss: float, position: int) -> float:
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} after {position:,} bytes: lower dynamic_rate")
     return loss
+
+
+def record_score(run_dir: str | Path, split: str, score: Score, rate: float) -> bool:
+    """Add the dynamic score of a run's best weights to its summary, metrics and TensorBoard events.
+
+    Returns:
+        False, with nothing recorded, where the run has not ended.
+
+    Raises:
+        UsageError: another process is writing to the directory.
+    """
+    run_dir = Path(run_dir)
+    path, descriptor = run_dir / "summary.json", lock(run_dir)
+    try:
+        last = Checkpoints(run_dir / "checkpoints").find("last")
+        if last is None or not path.exists():
+            return False
+        state = RunState(None, None)
+        state.load_state_dict(read_meta(last))
+        log = RunLog(run_dir, state, yaml.safe_load((run_dir / "config.yaml").read_text()))
+        log.record(
+            "eval",
+            state,
+            split=f"{split}_dynamic",
+            bpb=score.bpb,
+            bytes_scored=score.bytes_scored,
+            whole_split=True,
+            dynamic_rate=rate,
+        )
+        log.log_hparams(state.step)
+        log.close()
+        summary = json.loads(path.read_text()) | {f"{split}_bpb_dynamic": score.bpb, "dynamic_rate": rate}
+        write_text(path, json.dumps(summary, indent=1) + "\n")
+    finally:
+        os.close(descriptor)
+    return True

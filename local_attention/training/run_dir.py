@@ -151,17 +151,24 @@ def create(run_dir: str | Path, config: RunConfig) -> int:
         UsageError: another process is writing to the directory.
     """
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    lock = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"another process is writing to {run_dir}: wait until it has ended, or use another run_dir"
-        ) from None
+    descriptor = lock(run_dir)
     remove_leftovers(run_dir)
     remove_leftovers(Path(run_dir) / "checkpoints")
     write_text(Path(run_dir) / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
-    return lock
+    return descriptor
+
+
+def lock(run_dir: str | Path) -> int:
+    """Lock a directory against other processes; returns and raises as :func:`create`."""
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(
+            f"another process is writing to {run_dir}: wait until it has ended, or use another run_dir"
+        ) from None
+    return descriptor
 
 
 def announce(paths: RunPaths, model: nn.Cell, train: TrainConfig, distributed: Distributed = SINGLE_PROCESS) -> None:

@@ -29,6 +29,7 @@ from local_attention.training.state import RunState
 LOGGERS = ("train", "data")
 NOT_PLOTTED = (  # keys of records
     *("kind", "step", "bytes_seen", "wall_s", "split", "bytes_scored", "whole_split", "checksum", "text", "prompt"),
+    "dynamic_rate",
 )
 HPARAMS = ("model.", "optimizer.", "schedule.", "train.", "seed")  # settings in TensorBoard's HPARAMS tab
 TEXT_COLUMNS = 80

@@ -1,7 +1,9 @@
 import gzip
 import json
 import re
+import shutil
 import signal
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -76,15 +78,31 @@ def test_overlapping_windows_score_the_same_number_of_bytes_differently(finished
     assert abs(bpb - summary_of(finished_run[0])["val_bpb"]) > 1e-3
 
 
-def test_dynamic_evaluation_learns_from_what_it_has_scored_and_leaves_the_run_alone(finished_run, commands):
-    run_dir, _ = finished_run
-    before = state_of(run_dir)
-    result = commands.call("scripts/evaluate.py", "run=runs/whole", "dynamic=true", "dynamic_rate=0.5")
+def test_dynamic_evaluation_learns_from_what_it_has_scored_and_records_its_score_beside_the_others(
+    finished_run, commands, tmp_path
+):
+    run_dir = Path(shutil.copytree(finished_run[0], tmp_path / "run", symlinks=True))
+    checkpoints, summary = state_of(run_dir / "checkpoints"), summary_of(run_dir)
+    result = commands.call("scripts/evaluate.py", f"run={run_dir}", "dynamic=true", "dynamic_rate=0.5")
     assert result.returncode == 0, result.stderr
     line = r"test_bpb_dynamic: (\d+\.\d{6}) bpb over 3,000 bytes \(checkpoint .+, seq_len 32, dynamic_rate 0.5\)\n"
     (bpb,) = re.fullmatch(line, result.stdout.decode()).groups()
-    assert float(bpb) < summary_of(run_dir)["test_bpb"] - 0.5
-    assert state_of(run_dir) == before
+    assert float(bpb) < summary["test_bpb"] - 0.5
+    assert state_of(run_dir / "checkpoints") == checkpoints
+    recorded = summary_of(run_dir)
+    assert recorded.pop("test_bpb_dynamic") == pytest.approx(float(bpb), abs=1e-6)
+    assert recorded.pop("dynamic_rate") == 0.5
+    assert recorded == summary
+    *_, record = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert record["split"] == "test_dynamic" and record["bpb"] == pytest.approx(float(bpb), abs=1e-6)
+
+
+@pytest.mark.parametrize("what", ["checkpoint=last", "seq_len=16"])
+def test_a_dynamic_score_that_is_not_of_the_run_is_not_recorded(finished_run, commands, what):
+    before = state_of(finished_run[0])
+    result = commands.call("scripts/evaluate.py", "run=runs/whole", "dynamic=true", what)
+    assert result.returncode == 0 and "test_bpb_dynamic: " in result.stdout.decode()
+    assert state_of(finished_run[0]) == before
 
 
 def test_other_data_than_that_of_the_run_is_scored_with_a_warning_that_names_both(finished_run, commands, tmp_path):

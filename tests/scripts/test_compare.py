@@ -39,6 +39,15 @@ def test_runs_are_found_in_folders_and_listed_by_score_with_differing_settings(r
     assert header[:3] == ["run", "params", "steps"]
 
 
+def test_dynamic_scores_have_a_column_of_their_own(run):
+    dynamic, static = run("a", 0.001, 2.25), run("b", 0.001, 2.5)
+    summary = json.loads((dynamic / "summary.json").read_text())
+    (dynamic / "summary.json").write_text(json.dumps(summary | {"test_bpb_dynamic": 2.125}))
+    header, first, second, *_ = table(describe_all([dynamic, static]))
+    assert "test bpb  test dynamic" in header and "val dynamic" not in header
+    assert first.split()[5:7] == ["2.2500", "2.1250"] and second.split()[5:7] == ["2.5000", "-"]
+
+
 def describe_all(runs):
     return [describe(run) for run in runs]
 

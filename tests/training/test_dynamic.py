@@ -1,18 +1,24 @@
+import json
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn, ops
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 from local_attention.training.build import build_model
 from local_attention.training.checkpoint import Checkpoints, read, restore, tensors_of
 from local_attention.training.config import ModelConfig, OptimizerConfig, TrainConfig
-from local_attention.training.dynamic import dynamic_score, load_step
-from local_attention.training.errors import RunError
-from local_attention.training.evaluate import Evaluator
+from local_attention.training.dynamic import dynamic_score, load_step, record_score
+from local_attention.training.errors import RunError, UsageError
+from local_attention.training.evaluate import Evaluator, Score
 from local_attention.training.optimizer import build_optimizer
+from local_attention.training.run_dir import lock
+from local_attention.training.run_log import RunLog
 from local_attention.training.schema import as_dict
+from local_attention.training.state import RunState
 from local_attention.training.step import TrainStep
 from tests.training.toys import TOKENS, Bigram, BigramDefinition, randomise, weights_of
 
@@ -187,3 +193,48 @@ def test_weights_without_an_optimizer_get_a_new_one(tmp_path, caplog):
     assert step.clip_norm == TrainConfig.clip_norm
     assert not any(moment.asnumpy().any() for moment in step.optimizer.moment1)
     assert "the checkpoint has no optimizer: learning with a new adamw, optimizer.lr=0.001" in caplog.text
+
+
+@pytest.fixture
+def ended_run(tmp_path):
+    """The directory of a run that has ended after 3 steps."""
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    state = RunState(3, None, step=3, bytes_seen=96)
+    Checkpoints(tmp_path / "checkpoints").save({"model.a": np.zeros(1, np.float32)}, state.state_dict())
+    log = RunLog(tmp_path, state, {"seed": 0})
+    log.record("eval", state, split="test", bpb=3.0, bytes_scored=9, whole_split=True, checksum="a")
+    log.close()
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3, "test_bpb": 3.0}))
+    return tmp_path
+
+
+def test_a_dynamic_score_is_recorded_beside_the_others(ended_run):
+    assert record_score(ended_run, "test", Score(2.5, 9), 0.3)
+    assert json.loads((ended_run / "summary.json").read_text()) == {
+        **{"steps": 3, "test_bpb": 3.0},
+        **{"test_bpb_dynamic": 2.5, "dynamic_rate": 0.3},
+    }
+    records = [json.loads(line) for line in (ended_run / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["split"], record["step"], record["bpb"]) for record in records] == [
+        ("test", 3, 3.0),
+        ("test_dynamic", 3, 2.5),
+    ]
+    events = EventMultiplexer().AddRunsFromDirectory(str(ended_run / "tensorboard")).Reload()
+    for folder, bpb in (("final/test", 3.0), ("final/test_dynamic", 2.5)):
+        assert [value.tensor_proto.float_val[0] for value in events.Tensors(folder, "bpb")] == [bpb]
+    assert "_hparams_/session_start_info" in events.PluginRunToTagToContent("hparams")["final"]
+
+
+def test_without_the_end_of_a_run_nothing_is_recorded(ended_run):
+    (ended_run / "summary.json").unlink()
+    before = (ended_run / "metrics.jsonl").read_text()
+    assert not record_score(ended_run, "test", Score(2.5, 9), 0.3)
+    assert (ended_run / "metrics.jsonl").read_text() == before
+
+
+def test_nothing_is_recorded_while_a_process_writes_to_the_run(ended_run):
+    descriptor = lock(ended_run)
+    with pytest.raises(UsageError, match="another process is writing"):
+        record_score(ended_run, "test", Score(2.5, 9), 0.3)
+    os.close(descriptor)
+    assert record_score(ended_run, "test", Score(2.5, 9), 0.3)
