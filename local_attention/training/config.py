@@ -109,6 +109,10 @@ class OptimizerConfig:
     ngram_lr: Annotated[Positive, Help("peak learning rate of n-grams' embeddings, by Adagrad")] = 0.1
     muon_lr: Annotated[Positive, Help("peak learning rate of the matrices within layers, with muon")] = 0.02
     momentum: Annotated[Decay, Help("decay of the momentum of muon")] = 0.95
+    muon_beta2: Annotated[
+        Decay,
+        Help("decay of the mean square of each row of muon's updates, which divides the row; 0: rows are not divided"),
+    ] = 0.0
 
 
 @dataclass(config=CHECKED)

@@ -114,12 +114,15 @@ class Muon(Adam):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for hidden matrices, AdamW for everything else.
 
     The update of a matrix is the momentum of its gradient, orthogonalised by five Newton-Schulz iterations: its
-    singular values become about 1.
+    singular values become about 1. With ``row_decay``, each of its rows is then divided by the root of the mean square
+    that the row had in all updates so far, and the matrix scaled back to its norm (NorMuon, Li et al. 2025, arXiv
+    2510.05491, algorithm 1).
 
     Args:
         params, learning_rate, beta1, beta2, eps, weight_decay: see :class:`Adam`.
         muon_lr: initial learning rate of the hidden matrices. It stays proportional to the learning rate.
         momentum: decay rate of the momentum buffers.
+        row_decay: decay rate of the rows' mean squares; 0: rows are not divided.
     """
 
     def __init__(
@@ -132,23 +135,37 @@ class Muon(Adam):
         weight_decay: float,
         muon_lr: float,
         momentum: float,
+        row_decay: float,
     ) -> None:
         params = sorted(params, key=lambda parameter: tuple(parameter.shape))  # groups equal shapes
         super().__init__(params, learning_rate, beta1, beta2, eps, weight_decay, excluded=is_hidden_matrix)
-        self.lr_ratio, self.momentum = muon_lr / learning_rate, momentum
+        self.lr_ratio, self.momentum, self.row_decay = muon_lr / learning_rate, momentum, row_decay
         self.shape_groups = tuple(  # begin, end, weights, momentum buffers, factor for the shape
             (begin, end, self.parameters[begin:end], self.moment1[begin:end], max(1.0, m / n) ** 0.5)
             for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
         )
+        self.row_squares = tuple(  # of each group, (matrices, rows, 1)
+            Parameter(
+                Tensor(np.zeros((end - begin, m, 1), np.float32)), name=f"row_squares.{m}x{n}", requires_grad=False
+            )
+            for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
+            if row_decay > 0
+        )
+        for number, squares in enumerate(self.row_squares):
+            self.insert_param_to_cell(f"row_squares_{number}", squares)
+        self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
         self.matmul = ops.BatchMatMul()
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
 
     def update_excluded(self, gradients, rate, is_finite):
         done = ()
         decay = self.momentum * is_finite + (1 - is_finite)
-        for begin, end, weights, buffers, aspect_ratio in self.shape_groups:
+        for number, (begin, end, weights, buffers, aspect_ratio) in enumerate(self.shape_groups):
             updates = tree_map(ops.partial(nesterov, decay, self.momentum), buffers, gradients[begin:end])
-            updates = ops.unstack(self.orthogonalise(ops.stack(updates)))  # indexing would take 42 ms per step
+            updates = self.orthogonalise(ops.stack(updates))
+            if self.row_decay > 0:
+                updates = self.divide_rows(updates, self.row_squares[number], is_finite)
+            updates = ops.unstack(updates)  # indexing would take 42 ms per step
             step = ops.partial(apply_update, rate * (self.lr_ratio * aspect_ratio))
             done = done + (tree_map(step, weights, updates),)
         return done
@@ -164,6 +181,15 @@ class Muon(Adam):
             polynomial = square * -4.7750 + self.matmul(square, square) * 2.0315
             x = x * 3.4445 + (self.matmul(x, polynomial) if is_tall else self.matmul(polynomial, x))
         return x
+
+    def divide_rows(self, updates, row_squares, is_finite):
+        """Divide the rows of ``updates: (k, m, n)`` by the roots of ``row_squares: (k, m, 1)``, which are updated."""
+        decay = self.row_decay * is_finite + (1 - is_finite)
+        squares = row_squares * decay + self.mean(updates * updates, 2) * (1 - decay)
+        squares = ops.depend(squares, ops.assign(row_squares, squares))
+        divided = updates * ops.rsqrt(squares + 1e-10)
+        # 1e-20, as all is zero in a matrix without a gradient
+        return divided * ops.sqrt(self.sum(updates * updates, (1, 2)) / (self.sum(divided * divided, (1, 2)) + 1e-20))
 
 
 class Run(NamedTuple):
@@ -221,7 +247,7 @@ def build_optimizer(config: OptimizerConfig, params: Iterable[Parameter]) -> Ada
     adam = (dense, config.lr, config.beta1, config.beta2, config.eps)
     optimizer: Adam
     if config.name == "muon":
-        optimizer = Muon(*adam, config.weight_decay, config.muon_lr, config.momentum)
+        optimizer = Muon(*adam, config.weight_decay, config.muon_lr, config.momentum, config.muon_beta2)
     else:
         optimizer = Adam(*adam, config.weight_decay if config.name == "adamw" else 0.0)
     optimizer.ngram_optimizer = RowAdagrad(tables[0], config.ngram_lr / config.lr) if tables else None

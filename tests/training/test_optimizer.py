@@ -28,7 +28,7 @@ GRADIENTS = [{name: RNG.standard_normal(shape) * 0.01 for name, shape in SHAPES.
 def definition(config, rates):
     """Return the weights after a step with each of ``rates``, by the formulas of the papers, in float64."""
     weights = {name: value.copy() for name, value in START.items()}
-    means, squares, buffers = ({name: 0.0 for name in SHAPES} for _ in range(3))
+    means, squares, buffers, rows = ({name: 0.0 for name in SHAPES} for _ in range(4))
     for step, (rate, gradients) in enumerate(zip(rates, GRADIENTS), 1):
         for name, gradient in gradients.items():
             means[name] = config.beta1 * means[name] + (1 - config.beta1) * gradient
@@ -38,6 +38,11 @@ def definition(config, rates):
             if config.name == "muon" and name in DECAYED:
                 buffers[name] = config.momentum * buffers[name] + gradient
                 direction = newton_schulz(gradient + config.momentum * buffers[name])
+                if config.muon_beta2 > 0:
+                    squares_of_rows = (direction**2).mean(1, keepdims=True)
+                    rows[name] = config.muon_beta2 * rows[name] + (1 - config.muon_beta2) * squares_of_rows
+                    divided = direction / np.sqrt(rows[name])
+                    direction = divided * np.linalg.norm(direction) / np.linalg.norm(divided)
                 aspect_ratio = max(1, gradient.shape[0] / gradient.shape[1]) ** 0.5
                 weights[name] -= rate * config.muon_lr / config.lr * aspect_ratio * direction
                 continue
@@ -71,10 +76,32 @@ def assert_same(weights, wanted):
         np.testing.assert_allclose(weights[name], wanted[name], atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("change", [{}, {"muon_lr": 0.04}, {"momentum": 0.5}, {"weight_decay": 0.9}, {"beta2": 0.8}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"muon_lr": 0.04}, {"momentum": 0.5}, {"weight_decay": 0.9}, {"beta2": 0.8}, {"muon_beta2": 0.9}],
+)
 def test_muon_orthogonalises_momentum_of_hidden_matrices_and_leaves_the_rest_to_adamw(change):
     config = replace(CONFIG, name="muon", **change)
     assert_same(trained(config, RATES), definition(config, RATES))
+
+
+def test_a_skipped_step_of_muon_and_matrices_without_a_gradient_change_nothing():
+    config = replace(CONFIG, name="muon", weight_decay=0.0, muon_beta2=0.9)
+    parameters = ParameterTuple([Parameter(Tensor(value, ms.float32), name=name) for name, value in START.items()])
+    optimizer = build_optimizer(config, parameters)
+
+    def step(gradients, is_finite):
+        optimizer(tuple(Tensor(gradients[p.name], ms.float32) for p in optimizer.parameters), Tensor(is_finite))
+        return {p.name: p.asnumpy().copy() for p in optimizer.get_parameters()}
+
+    zeros = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    first = step(zeros, 1.0)
+    np.testing.assert_array_equal(first["some.bias"], START["some.bias"].astype(np.float32))
+    assert all(np.isfinite(value).all() for value in first.values())
+    before, after = step(GRADIENTS[0], 1.0), step(zeros, 0.0)
+    assert before.keys() == after.keys() and any("row_squares" in name for name in before)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 12), (12, 5)])
