@@ -55,6 +55,7 @@ CHANGED = {  # key of a run's config: a value other than the default
     "model.qk_rmsnorm": True,
     "model.shared_qk": True,
     "model.gate_values_per_head": True,
+    "model.zero_init_outputs": True,
     "optimizer.name": "muon",
     "schedule.name": "wsd",
     "train.max_minutes": 3.0,
