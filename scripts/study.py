@@ -4,7 +4,7 @@
 
 ``STUDY.yaml`` has three keys: ``overrides`` of ``train.py`` that all runs share, a list of ``seeds``, and ``recipes``,
 each a name and a list of further overrides. The first recipe is the one that the others are compared with. Overrides on
-the command line come last, as in ``data=file data.path=FILE``. See ``configs/study``.
+the command line come last, as in ``data=file data.path=FILE``. See ``scripts/studies``.
 
 Each run is one call of ``train.py`` with ``run_dir=FOLDER/RECIPE/seed=N``. The same command continues a study that was
 interrupted, and trains only what is missing after recipes or seeds were added.

@@ -135,6 +135,6 @@ def test_after_a_signal_the_run_saves_its_work_before_the_study_ends(tmp_path, n
     assert (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("path", sorted((study.ROOT / "configs/study").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((study.ROOT / "scripts/studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_studies_of_the_project_can_be_read(path):
     assert len(read_study(path).recipes) > 1
