@@ -13,7 +13,17 @@ from functools import wraps
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 P = ParamSpec("P")
@@ -38,10 +48,24 @@ class NotInOriginal(typing.NamedTuple):
     problem: str = ""
 
 
+# Where Pydantic found a problem in an option that takes a number, or a list of one per layer.
+NUMBER, LIST = "a number", "a list"
+NUMBER_OR_LIST = Discriminator(lambda value: LIST if isinstance(value, (list, tuple)) else NUMBER)
+
 # What options mean, by type, range and help. Several constructors share most of them.
 
 WindowSize = Annotated[StrictInt, Ge(1), Help("tokens per window")]
 LookBackward = Annotated[StrictInt, Ge(0), Help("windows seen before a token's own")]
+WindowSizes = Annotated[
+    Annotated[WindowSize, Tag(NUMBER)] | Annotated[list[WindowSize], Tag(LIST)],
+    NUMBER_OR_LIST,
+    Help("tokens per window"),
+]
+LookBackwards = Annotated[
+    Annotated[LookBackward, Tag(NUMBER)] | Annotated[list[LookBackward], Tag(LIST)],
+    NUMBER_OR_LIST,
+    Help("windows seen before a token's own"),
+]
 LookForward = Annotated[
     StrictInt | None,
     Ge(0),
@@ -123,7 +147,6 @@ class HeadsOptions:
     dim: Dim
     heads: Heads = 8
     dim_head: DimHead = 64
-    look_backward: LookBackward = LocalAttentionOptions.look_backward
     exact_windowsize: ExactWindowSize | None = None
     use_rotary_pos_emb: UseRotary = LocalAttentionOptions.use_rotary_pos_emb
     use_xpos: UseXpos = LocalAttentionOptions.use_xpos
@@ -141,6 +164,7 @@ class LocalMHAOptions(HeadsOptions):
 
     window_size: WindowSize
     causal: Causal = False
+    look_backward: LookBackward = LocalAttentionOptions.look_backward
     look_forward: LookForward = LocalAttentionOptions.look_forward
     dropout: AttentionDropout = LocalAttentionOptions.dropout
     prenorm: Annotated[StrictBool, Help("LayerNorm before the projections")] = False
@@ -197,7 +221,8 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the f
     ] = 1
     attn_dropout: AttentionDropout = LocalAttentionOptions.dropout
     ff_dropout: FeedForwardDropout = FeedForwardOptions.dropout
-    local_attn_window_size: WindowSize = 512
+    local_attn_window_size: WindowSizes = 512
+    look_backward: LookBackwards = LocalAttentionOptions.look_backward
     use_abs_pos_emb: Annotated[
         StrictBool,
         NotInOriginal(),
@@ -238,12 +263,32 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the f
                 "use_rotary_pos_emb=False: the original has no model without rotary embeddings but one with "
                 "use_dynamic_pos_bias=True"
             )
-        if self.use_dynamic_pos_bias and self.look_backward != 1:
+        numbers = {}
+        for name in ("local_attn_window_size", "look_backward"):
+            numbers[name], *others = self.per_layer(name)
+            if others != [numbers[name]] * len(others):
+                raise ValueError(f"{name}={getattr(self, name)}: in the original, it is the same in all layers")
+        if self.use_dynamic_pos_bias and numbers["look_backward"] != 1:
             raise ValueError(
                 f"look_backward={self.look_backward} with use_dynamic_pos_bias=True: the original's bias is for one "
                 "window back and no other number"
             )
-        return {name: getattr(self, name) for name, mark in marks.items() if mark is None}
+        return {name: getattr(self, name) for name, mark in marks.items() if mark is None} | numbers
+
+    def per_layer(self, name: str) -> list[int]:
+        """The values that an option has in each layer, of one that takes a number or a list of them.
+
+        Raises:
+            ValueError: for a list of another length than ``depth``.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            return [value] * self.depth
+        if len(value) != self.depth:
+            raise ValueError(
+                f"expected {name} to be a number, or a list of depth = {self.depth} numbers, got {len(value)}: {value}"
+            )
+        return value
 
 
 @dataclass(kw_only=True, config=CHECKED)
@@ -267,14 +312,16 @@ class LocalTransformerOptions(LanguageModelOptions):
                 raise ValueError(f"expected a global_attn_layer to insert before the layers {layers}, got none")
             if not all(1 <= layer <= self.depth for layer in layers):
                 raise ValueError(f"expected layers_insert_global_attn from 1 to depth = {self.depth}, got {layers}")
-        self.mha()
+        for number in range(1, self.depth + 1):
+            self.mha(number)
 
-    def mha(self) -> LocalMHAOptions:
-        """Those of the ``LocalMHA`` of each layer."""
+    def mha(self, number: int) -> LocalMHAOptions:
+        """Those of the ``LocalMHA`` of a layer, by its number from 1."""
         return LocalMHAOptions(
             **shared(self, LocalMHAOptions)
             | dict(
-                window_size=self.local_attn_window_size,
+                window_size=self.per_layer("local_attn_window_size")[number - 1],
+                look_backward=self.per_layer("look_backward")[number - 1],
                 dropout=self.attn_dropout,
                 prenorm=True,
                 use_rotary_pos_emb=self.use_rotary_pos_emb and not self.use_dynamic_pos_bias,
@@ -343,7 +390,8 @@ def first_problem(error: ValidationError) -> tuple[str, str, Any]:
     For values that do not go together, the name is that of their group, and what was expected is the whole message.
     """
     problem = error.errors()[0]
-    name, context = ".".join(map(str, problem["loc"])), problem.get("ctx", {})
+    path = [part for part in problem["loc"] if isinstance(part, str) and part not in (NUMBER, LIST)]
+    name, context = ".".join(path), problem.get("ctx", {})
     if isinstance(context.get("error"), ValidationError):  # of options that are derived from these
         return first_problem(context["error"])
     if "error" in context:

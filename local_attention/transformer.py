@@ -95,7 +95,7 @@ class LocalTransformer(Recomputable):
         inserted = numbers if options.layers_insert_global_attn is None else options.layers_insert_global_attn
 
         def layer(number: int) -> Layer:
-            attention = LocalMHA(**vars(options.mha()))
+            attention = LocalMHA(**vars(options.mha(number)))
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
             global_attention = deepcopy(options.global_attn_layer) if number in inserted else None
             # the index of a branch decides which stream it reads before training
@@ -103,6 +103,10 @@ class LocalTransformer(Recomputable):
             return Layer(attention, feed_forward, global_attention, connections)
 
         self.layers = nn.CellList([layer(number) for number in numbers])
+        attentions = [layer.attention.attention for layer in self.layers]
+        sizes = [(a.window_size, a.look_backward, a.look_forward) for a in attentions]
+        self.window_sizes = tuple(dict.fromkeys(sizes))  # each once: layers of the same windows share their bias
+        self.inputs_of_layers = tuple((1 + self.window_sizes.index(size), 0) for size in sizes)
         self.dynamic_pos_bias = None
         if options.use_dynamic_pos_bias:
             self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), options.heads)
@@ -252,7 +256,10 @@ class LocalTransformer(Recomputable):
             if self.ngram_emb is not None and ngram_rows is None:
                 ngram_rows = self.ngram_emb.look_up(self.ngram_emb.bucket_ids_of_sequence(x, mask))
             x = self.embed(x, ngram_rows, positions)
-        return self.run_layers(self.layers, x, (mask, self.window_bias()))
+        inputs = ((),)
+        for bias in self.window_biases():
+            inputs = inputs + ((mask, bias),)
+        return self.run_layers(self.layers, x, inputs, self.inputs_of_layers)
 
     def embed_next(self, tokens, previous, positions):
         """Embed ``tokens: (b, n)`` at ``positions: (n,)``; ``previous: (b, max_ngram - 1)`` are 1 + those before."""
@@ -276,21 +283,28 @@ class LocalTransformer(Recomputable):
             x = x + ops.cat((position_rows.reshape((1, *position_rows.shape)),) * x.shape[0], 0)
         return x
 
-    def run_layers(self, layers, x, attention_inputs, global_inputs=()):
-        """``x: (b, n, dim)`` through the layers: this model's, or those that decode; see :class:`Layer`."""
+    def run_layers(self, layers, x, inputs, inputs_of_layers):
+        """``x: (b, n, dim)`` through the layers: this model's, or those that decode; see :class:`Layer`.
+
+        ``inputs`` are tuples of what attention takes beside ``x``. ``inputs_of_layers`` says for each layer which of
+        them its attention takes, and which its inserted global attention.
+        """
         b, n, dim = x.shape
         x = expand_streams(x.reshape((b * n, dim)), self.streams)
-        for layer in layers:
-            x = layer(x, b, attention_inputs, global_inputs)
+        for i, layer in enumerate(layers):
+            of_attention, of_global = inputs_of_layers[i]
+            x = layer(x, b, inputs[of_attention], inputs[of_global])
         return reduce_streams(x, self.streams).reshape((b, n, dim))
 
-    def window_bias(self):
-        """The dynamic position bias of a window, ``(heads, window, span)``, or None."""
-        if self.dynamic_pos_bias is None:
-            return None
-        attention = self.layers[0].attention.attention
-        window, back = attention.window_size, attention.look_backward * attention.window_size
-        return self.dynamic_pos_bias(window, back + (1 + attention.look_forward) * window, back)
+    def window_biases(self):
+        """For each of ``window_sizes`` the dynamic position bias, ``(heads, window, span)``, or None."""
+        biases = ()
+        for window, back, ahead in self.window_sizes:
+            bias = None
+            if self.dynamic_pos_bias is not None:
+                bias = self.dynamic_pos_bias(window, (back + 1 + ahead) * window, back * window)
+            biases = biases + (bias,)
+        return biases
 
     def distance_bias(self, distances, count):
         """The dynamic position bias for ``distances: (m,)`` below ``count``, ``(heads, m)``, or None."""

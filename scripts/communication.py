@@ -88,8 +88,9 @@ def step_of(config: RunConfig) -> Step:
     tables = sum(size for name, size in sizes.items() if name.endswith("ngram_emb.embedding_table"))
     embeddings = sum(size for name, size in sizes.items() if name.endswith("embedding_table"))
     tokens = train.seq_len * train.batch_size * train.grad_accum_every
-    keys = model.local_attn_window_size * (model.look_backward + 0.5)
-    scores = 2 * 2 * keys * model.heads * model.dim_head * model.depth
+    windows = zip(model.per_layer("local_attn_window_size"), model.per_layer("look_backward"))
+    keys = sum(window * (look_backward + 0.5) for window, look_backward in windows)
+    scores = 2 * 2 * keys * model.heads * model.dim_head
     flops = 3 * tokens * (2 * (sum(sizes.values()) - embeddings) + scores)
     rows = tokens * (model.max_ngram - 1) * 4 * (model.ngram_dim + 1) if tables else 0  # with their indices
     return Step(flops, 4 * (sum(sizes.values()) - tables), len(sizes), rows)

@@ -9,7 +9,7 @@ from mindspore import Tensor, nn
 
 from local_attention.backends import can_compute
 from local_attention.backends.cached_cpu import CachedMHAOperator
-from local_attention.decoding.cache import KVCache
+from local_attention.decoding.cache import caches_of
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler, SamplingRule, sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
@@ -151,8 +151,9 @@ class DecodingSession(Session):
         if prefill_threshold is None:
             decode_longer = self.use_kernels and self.max_context // 2 >= PREFILL_THRESHOLD_WITH_KERNELS
             prefill_threshold = PREFILL_THRESHOLD_WITH_KERNELS if decode_longer else PREFILL_THRESHOLD
-        self.global_cells, self.cache = decoding_cells(model, batch), KVCache(model, batch)
-        self.prefill_chunk, self.prefill_threshold = min(prefill_chunk, self.cache.max_chunk()), prefill_threshold
+        self.global_cells, self.caches = decoding_cells(model, batch), caches_of(model, batch)
+        self.prefill_chunk = min(prefill_chunk, *(cache.max_chunk() for cache in self.caches))
+        self.prefill_threshold = prefill_threshold
         self.steps_per_call, self.greedy = steps_per_call, sampling_rule(self.num_tokens, temperature=0)
         self.ngram_context = 1 if model.ngram_emb is None else model.ngram_emb.context
         if not model.use_abs_pos_emb:
@@ -160,7 +161,7 @@ class DecodingSession(Session):
         self.weights = list(model.get_parameters())
         of_model = {id(parameter) for parameter in self.weights}
         of_global = [p for cell in self.global_cells for p in cell.get_parameters() if id(p) not in of_model]
-        self.state = [*self.cache.keys, *self.cache.values, *of_global]
+        self.state = [p for cache in self.caches for p in (*cache.keys, *cache.values)] + of_global
         self.nbytes = sum(parameter.nbytes for parameter in self.state)
         self.graphs: dict[int, nn.Cell] = {}  # by number of tokens per step, compiled when first needed
         self.addresses: list[int] = []
@@ -183,7 +184,7 @@ class DecodingSession(Session):
         """The logits after each of ``tokens: (b, n)``, at most ``prefill_chunk`` of them, all at once."""
         chunk, count = self.prefill_chunk, tokens.shape[1]
         padded = np.pad(tokens, ((0, 0), (0, chunk - count)))
-        inputs = [array[0] for array in self.cache.step_inputs(self.position, 1, chunk, count)]
+        inputs = [array[0] for array in self.step_inputs(1, chunk, count)]
         return self.graph(chunk)(*map(Tensor, (padded, self.previous(), *inputs))).asnumpy()[:, :count]
 
     def decode(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, np.ndarray]:
@@ -191,11 +192,18 @@ class DecodingSession(Session):
         count, steps = tokens.shape[1], self.steps_per_call
         padding = ((0, 0), (0, steps - count))
         given, uniforms = np.pad(tokens, padding).T, np.pad(uniforms, padding).T[..., None].astype(np.float32)
-        inputs = self.cache.step_inputs(self.position, steps, 1, 1)
+        inputs = self.step_inputs(steps, 1, 1)
         arguments = (np.array(count, np.int32), given, self.previous(), uniforms, *rule, *inputs)
         sampled, logits = self.graph(1)(*map(Tensor, arguments))
         # copies, because the next call overwrites the arrays
         return sampled.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
+
+    def step_inputs(self, steps: int, count: int, kept: int) -> list[np.ndarray]:
+        """What :class:`DecodeStep` needs of the positions of ``steps`` steps, see :meth:`KVCache.step_inputs`."""
+        positions = self.position + np.arange(steps * count).reshape((steps, count))
+        positions = np.minimum(positions, self.model.max_seq_len - 1)  # padding may lie beyond the learned positions
+        inputs = [array for cache in self.caches for array in cache.step_inputs(self.position, steps, count, kept)]
+        return [positions.astype(np.int32), *inputs]
 
     def previous(self) -> np.ndarray:
         """1 + the last tokens of the context, for n-grams; 0 where there is none."""
@@ -210,7 +218,7 @@ class DecodingSession(Session):
         if addresses != self.addresses:
             self.graphs, self.addresses = {}, addresses
         if count not in self.graphs:
-            graph: nn.Cell = DecodeStep(self.model, self.cache, count, self.global_cells, self.use_kernels)
+            graph: nn.Cell = DecodeStep(self.model, self.caches, count, self.global_cells, self.use_kernels)
             if count == 1:
                 graph = DecodeLoop(graph, self.steps_per_call, self.num_tokens)
             self.graphs[count] = call_without_checks(graph)

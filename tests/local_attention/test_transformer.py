@@ -67,6 +67,12 @@ WANTED = dict(depth=2, heads=2, rotary=True, window_size=3, causal=True, exact_w
             dict(use_dynamic_pos_bias=True, causal=False, look_backward=0),
             dict(rotary=False, causal=False, look_forward=1, look_backward=0),
         ),
+        (dict(local_attn_window_size=[2, 5], look_backward=[2, 0]), dict(window_size=[2, 5], look_backward=[2, 0])),
+        (dict(local_attn_window_size=[2, 5], use_xpos=True), dict(window_size=[2, 5], xpos_scale_base=[1, 2])),
+        (
+            dict(local_attn_window_size=[2, 2, 4], depth=3, use_dynamic_pos_bias=True),
+            dict(window_size=[2, 2, 4], depth=3, rotary=False),
+        ),
         (dict(num_residual_streams=2), dict(streams=2)),
         (dict(num_residual_streams=3, use_dynamic_pos_bias=True), dict(streams=3, rotary=False)),
     ],
@@ -85,7 +91,10 @@ def test_the_logits_are_those_of_the_definition(options, wanted, rng):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (dict(num_residual_streams=2, use_dynamic_pos_bias=True), dict(streams=2, rotary=False)),
+        (
+            dict(num_residual_streams=2, use_dynamic_pos_bias=True, local_attn_window_size=[3, 2]),
+            dict(streams=2, rotary=False, window_size=[3, 2]),
+        ),
         pytest.param({}, {}, marks=pytest.mark.slow),
     ],
     ids=str,

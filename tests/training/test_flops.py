@@ -37,6 +37,13 @@ def test_the_operations_of_a_byte_are_those_of_weights_and_scores():
     assert flops_per_byte(model, 16) == 6 * weights + 2 * 12 * inner * keys
 
 
+def test_each_layer_sees_the_keys_of_its_own_windows():
+    windows, model = [8, 2, 4], tiny_transformer(depth=3, local_attn_window_size=[8, 2, 4])
+    alone = [flops_per_byte(tiny_transformer(local_attn_window_size=window), 16) for window in windows]
+    logits = 6 * 16 * 256  # which a model has once
+    assert flops_per_byte(model, 16) == sum(alone) - 2 * logits
+
+
 def test_tables_of_embeddings_take_no_operations_but_their_projection_does():
     without, with_ngrams = (tiny_transformer(max_ngram=n, ngram_buckets=97, ngram_dim=8) for n in (1, 3))
     assert flops_per_byte(with_ngrams, 16) - flops_per_byte(without, 16) == 6 * 16 * (2 * 8)

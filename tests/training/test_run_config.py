@@ -227,6 +227,26 @@ def test_a_sequence_is_whole_windows(checked):
     assert checked("train", train__seq_len=1000, model__local_attn_window_size=250)
 
 
+def test_layers_may_have_windows_of_their_own(checked):
+    windows = [32, 64, 64, 128, 128, 256]
+    assert checked("train", model__local_attn_window_size=windows).model.local_attn_window_size == windows
+    message = message_of(checked, "train", model__local_attn_window_size=[32, 100, 64, 128, 128, 256])
+    assert "train.seq_len=1024 is not a multiple of model.local_attn_window_size=100" in message
+    message = message_of(checked, "train", model__local_attn_window_size=[32, 64])
+    assert message == (
+        "model: expected local_attn_window_size to be a number, or a list of depth = 6 numbers, got 2: [32, 64]"
+    )
+    message = message_of(checked, "train", model__look_backward=[1, 1, 1, 1, 1, -1])
+    assert message == "model.look_backward=-1: expected a whole number >= 0, or a list of one per layer"
+
+
+def test_the_decay_of_xpos_is_checked_in_each_layer(checked):
+    windows = dict(model__local_attn_window_size=[4, 4, 4, 4, 4, 512], model__use_xpos=True)
+    message = message_of(checked, "train", model__xpos_scale_base=3, **windows)
+    assert "with the base 3 overflows over 1024 bytes" in message and "use model.xpos_scale_base=10" in message
+    assert checked("train", **windows)
+
+
 def test_rotary_embeddings_need_an_even_head(checked):
     message = message_of(checked, "train", model__dim_head=7)
     assert message.startswith("model: rotary embeddings need an even head size, got dim_head = 7")

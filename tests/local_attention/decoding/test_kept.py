@@ -72,7 +72,7 @@ def test_a_session_that_is_dropped_is_freed_with_its_graph_and_so_is_the_model(m
     model = transformer()
     model.generate(sequences(1, 2), 1)
     session = kept_session(model, 1)
-    dropped = [ref(session), ref(session.graphs[1]), ref(session.cache)]
+    dropped = [ref(session), ref(session.graphs[1]), ref(session.caches[0])]
     del session
     kept_session(model, 2)
     gc.collect()

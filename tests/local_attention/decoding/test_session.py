@@ -54,6 +54,11 @@ CONFIGURATIONS = {
     "much at once": dict(
         use_xpos=True, qk_rmsnorm=True, shared_qk=True, gate_values_per_head=True, num_residual_streams=2, depth=2
     ),
+    "windows of layers": dict(depth=4, local_attn_window_size=[2, 3, 3, 5], look_backward=[1, 0, 2, 1]),
+    "windows of layers, xPos alone": dict(depth=2, local_attn_window_size=[2, 5], use_xpos=True, use_abs_pos_emb=False),
+    "windows of layers, dynamic bias": dict(
+        depth=2, local_attn_window_size=[3, 2], look_backward=[1, 2], use_dynamic_pos_bias=True
+    ),
     "odd heads": dict(heads=3, dim_head=3, use_rotary_pos_emb=False),
 }
 
@@ -105,10 +110,9 @@ def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
     40,
     options=st.fixed_dictionaries(
         dict(
-            depth=st.integers(1, 2),
             heads=st.integers(1, 3),
             dim_head=st.sampled_from([2, 6]),
-            local_attn_window_size=st.integers(1, 5),
+            local_attn_window_size=st.lists(st.integers(1, 5), min_size=1, max_size=3),
             look_backward=st.integers(0, 2),
             exact_windowsize=st.booleans(),
             use_abs_pos_emb=st.booleans(),
@@ -130,7 +134,8 @@ def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
     use_kernels=st.sampled_from([None, False]),
 )
 def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, lengths, use_kernels):
-    length = min(max(4 * options["local_attn_window_size"] + 2, sum(lengths)), 32)
+    options |= dict(depth=len(options["local_attn_window_size"]))
+    length = min(max(4 * max(options["local_attn_window_size"]) + 2, sum(lengths)), 32)
     lengths = np.diff(np.minimum([0, *np.cumsum(lengths), length], length))
     pieces = dict(prefill_chunk=chunk, prefill_threshold=2)
     model, x = transformer(**options), sequences(batch, length)
