@@ -8,6 +8,7 @@ does the checking. Imports nothing slow: command lines are checked before MindSp
 import dataclasses
 import inspect
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
@@ -32,6 +33,7 @@ Options = TypeVar("Options")
 
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 MAX_NGRAM_BUCKETS = 2**18
+WHOLE_SEQUENCE = 2**30  # tokens of a window that is longer than any sequence
 
 
 def Help(text: str) -> Any:
@@ -142,15 +144,12 @@ class LocalAttentionOptions:
 
 @dataclass(kw_only=True, config=CHECKED)
 class HeadsOptions:
-    """Arguments that ``LocalMHA`` and ``LocalTransformer`` share."""
+    """Arguments that all cells with heads share."""
 
     dim: Dim
     heads: Heads = 8
     dim_head: DimHead = 64
-    exact_windowsize: ExactWindowSize | None = None
     use_rotary_pos_emb: UseRotary = LocalAttentionOptions.use_rotary_pos_emb
-    use_xpos: UseXpos = LocalAttentionOptions.use_xpos
-    xpos_scale_base: XposScaleBase = LocalAttentionOptions.xpos_scale_base
     scale: Scale = LocalAttentionOptions.scale
     qk_rmsnorm: QKNorm = False
     qk_scale: QKScale = 8.0
@@ -159,13 +158,19 @@ class HeadsOptions:
 
 
 @dataclass(kw_only=True, config=CHECKED)
-class LocalMHAOptions(HeadsOptions):
-    """Arguments of ``LocalMHA``, all by name."""
+class WindowOptions:
+    """Arguments about windows that ``LocalMHA`` and ``LocalTransformer`` share."""
 
-    window_size: WindowSize
+    exact_windowsize: ExactWindowSize | None = None
+    use_xpos: UseXpos = LocalAttentionOptions.use_xpos
+    xpos_scale_base: XposScaleBase = LocalAttentionOptions.xpos_scale_base
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class AttentionLayerOptions(HeadsOptions, ABC):
+    """Arguments that ``LocalMHA`` and ``GlobalAttention`` share."""
+
     causal: Causal = False
-    look_backward: LookBackward = LocalAttentionOptions.look_backward
-    look_forward: LookForward = LocalAttentionOptions.look_forward
     dropout: AttentionDropout = LocalAttentionOptions.dropout
     prenorm: Annotated[StrictBool, Help("LayerNorm before the projections")] = False
 
@@ -179,17 +184,36 @@ class LocalMHAOptions(HeadsOptions):
             )
         self.attention()
 
+    @abstractmethod
     def attention(self) -> LocalAttentionOptions:
         """Those of its ``LocalAttention``."""
-        return LocalAttentionOptions(
-            **shared(self, LocalAttentionOptions)
-            | dict(
-                dim=self.dim_head,
-                autopad=True,
-                exact_windowsize=True if self.exact_windowsize is None else self.exact_windowsize,
-                scale=self.qk_scale if self.qk_rmsnorm else self.scale,
-            )
-        )
+
+    def attention_with(self, **options: Any) -> LocalAttentionOptions:
+        """Those of its ``LocalAttention``, with some that are not its own."""
+        scale = self.qk_scale if self.qk_rmsnorm else self.scale
+        own = shared(self, LocalAttentionOptions) | dict(dim=self.dim_head, autopad=True, scale=scale)
+        return LocalAttentionOptions(**own | options)
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class LocalMHAOptions(WindowOptions, AttentionLayerOptions):  # dataclasses list the fields of the last base first
+    """Arguments of ``LocalMHA``, all by name."""
+
+    window_size: WindowSize
+    look_backward: LookBackward = LocalAttentionOptions.look_backward
+    look_forward: LookForward = LocalAttentionOptions.look_forward
+
+    def attention(self) -> LocalAttentionOptions:
+        exact_windowsize = True if self.exact_windowsize is None else self.exact_windowsize
+        return self.attention_with(exact_windowsize=exact_windowsize)
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class GlobalAttentionOptions(AttentionLayerOptions):
+    """Arguments of ``GlobalAttention``, all by name."""
+
+    def attention(self) -> LocalAttentionOptions:
+        return self.attention_with(window_size=WHOLE_SEQUENCE, look_backward=0, look_forward=0)
 
 
 @dataclass(config=CHECKED)
@@ -212,7 +236,7 @@ class SizeOptions:
 
 
 @dataclass(kw_only=True, config=CHECKED)
-class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the fields of the last base first
+class LanguageModelOptions(WindowOptions, HeadsOptions, SizeOptions):
     """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
 
     ff_mult: FeedForwardMult = FeedForwardOptions.mult
@@ -223,6 +247,11 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the f
     ff_dropout: FeedForwardDropout = FeedForwardOptions.dropout
     local_attn_window_size: WindowSizes = 512
     look_backward: LookBackwards = LocalAttentionOptions.look_backward
+    global_attn_layers: Annotated[
+        list[Annotated[StrictInt, Ge(1)]] | None,
+        NotInOriginal("the original has no global attention"),
+        Help("the numbers of the layers, from 1, whose attention is global instead of local; None: none"),
+    ] = None
     use_abs_pos_emb: Annotated[
         StrictBool,
         NotInOriginal(),
@@ -312,8 +341,24 @@ class LocalTransformerOptions(LanguageModelOptions):
                 raise ValueError(f"expected a global_attn_layer to insert before the layers {layers}, got none")
             if not all(1 <= layer <= self.depth for layer in layers):
                 raise ValueError(f"expected layers_insert_global_attn from 1 to depth = {self.depth}, got {layers}")
+        of_global = self.global_attn_layers or []
+        if len(set(of_global)) < len(of_global) or not all(layer <= self.depth for layer in of_global):
+            raise ValueError(f"expected global_attn_layers from 1 to depth = {self.depth}, each once, got {of_global}")
+        for name in ("use_xpos", "use_dynamic_pos_bias"):
+            if of_global and getattr(self, name):
+                raise ValueError(f"expected {name}=False, which is for windows, with global_attn_layers = {of_global}")
         for number in range(1, self.depth + 1):
             self.mha(number)
+
+    def is_global(self, number: int) -> bool:
+        """Whether the attention of a layer, by its number from 1, is global."""
+        return number in (self.global_attn_layers or [])
+
+    def global_attention(self) -> GlobalAttentionOptions:
+        """Those of the ``GlobalAttention`` of the layers whose attention is global."""
+        return GlobalAttentionOptions(
+            **shared(self, GlobalAttentionOptions) | dict(dropout=self.attn_dropout, prenorm=True)
+        )
 
     def mha(self, number: int) -> LocalMHAOptions:
         """Those of the ``LocalMHA`` of a layer, by its number from 1."""

@@ -11,6 +11,7 @@ from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.dropout import Recomputable
+from local_attention.global_attention import GlobalAttention
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
 from local_attention.mha import LocalMHA, check_float32
@@ -27,11 +28,11 @@ INTEGER_TYPES = (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8, ms.uint16, ms.
 class Layer(Recomputable):
     """Attention and feed-forward, each connected to the residual stream or streams.
 
-    In training and evaluation, ``attention`` and ``feed_forward`` are :class:`LocalMHA` and :class:`FeedForward`; in
-    decoding, cells that compute the same with the KV cache (:meth:`with_branches`).
+    In training and evaluation, ``attention`` is :class:`LocalMHA` or :class:`GlobalAttention`; in decoding, cells that
+    compute the same with the KV cache (:meth:`with_branches`).
 
     Args:
-        attention: ``(b, n, dim), *attention_inputs -> (b, n, dim)``.
+        attention: ``(b, n, dim), *attention_inputs -> (b, n, dim)``; local, or in some layers global.
         feed_forward: ``(b, n, dim) -> (b, n, dim)``.
         global_attention: ``(b, n, dim), *global_inputs -> (b, n, dim)``, goes before the other two; or None.
         connections: those of attention, feed-forward and global attention, see :mod:`hyper_connections`.
@@ -95,7 +96,11 @@ class LocalTransformer(Recomputable):
         inserted = numbers if options.layers_insert_global_attn is None else options.layers_insert_global_attn
 
         def layer(number: int) -> Layer:
-            attention = LocalMHA(**vars(options.mha(number)))
+            attention = (
+                GlobalAttention(**vars(options.global_attention()))
+                if options.is_global(number)
+                else LocalMHA(**vars(options.mha(number)))
+            )
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
             global_attention = deepcopy(options.global_attn_layer) if number in inserted else None
             # the index of a branch decides which stream it reads before training
@@ -103,10 +108,17 @@ class LocalTransformer(Recomputable):
             return Layer(attention, feed_forward, global_attention, connections)
 
         self.layers = nn.CellList([layer(number) for number in numbers])
-        attentions = [layer.attention.attention for layer in self.layers]
-        sizes = [(a.window_size, a.look_backward, a.look_forward) for a in attentions]
+        local = [layer.attention.attention for layer in self.layers if isinstance(layer.attention, LocalMHA)]
+        sizes = [(attention.window_size, attention.look_backward, attention.look_forward) for attention in local]
         self.window_sizes = tuple(dict.fromkeys(sizes))  # each once: layers of the same windows share their bias
-        self.inputs_of_layers = tuple((1 + self.window_sizes.index(size), 0) for size in sizes)
+        of_windows = iter(2 + self.window_sizes.index(size) for size in sizes)
+        self.inputs_of_layers = tuple(  # which of the inputs in `hidden` go to attention and to inserted attention
+            (
+                next(of_windows) if isinstance(layer.attention, LocalMHA) else 1,
+                1 if isinstance(layer.global_attention, GlobalAttention) else 0,
+            )
+            for layer in self.layers
+        )
         self.dynamic_pos_bias = None
         if options.use_dynamic_pos_bias:
             self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), options.heads)
@@ -256,7 +268,7 @@ class LocalTransformer(Recomputable):
             if self.ngram_emb is not None and ngram_rows is None:
                 ngram_rows = self.ngram_emb.look_up(self.ngram_emb.bucket_ids_of_sequence(x, mask))
             x = self.embed(x, ngram_rows, positions)
-        inputs = ((),)
+        inputs = ((), (mask,))
         for bias in self.window_biases():
             inputs = inputs + ((mask, bias),)
         return self.run_layers(self.layers, x, inputs, self.inputs_of_layers)

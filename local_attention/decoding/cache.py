@@ -10,6 +10,9 @@ from mindspore import Parameter, Tensor
 from local_attention.decoding.interface import DecodableModel
 from local_attention.local_attention import LocalAttention
 from local_attention.masks import MaskSpec, to_additive_mask, visible
+from local_attention.mha import MultiHeadAttention
+from local_attention.mindspore_quirks import assign_in_place
+from local_attention.options import WHOLE_SEQUENCE
 from local_attention.rotary import rotary_angles, xpos_decay
 
 
@@ -37,24 +40,44 @@ class KVCache:
     stored rotated, by their absolute positions (scores depend on the difference), but without the decay of xPos, which
     would leave float32's range.
 
+    A cache of global attention has as many slots as the context may have tokens, see :meth:`grow`.
+
     Args:
         mhas: the attention of the layers, all of one :func:`kind_of`.
         batch: number of sequences.
+        capacity: slots for global attention.
         name: what the names of the Parameters end with.
     """
 
-    def __init__(self, mhas: Sequence[Any], batch: int, name: str = "") -> None:
-        self.mhas, self.batch, self.attention = mhas, batch, mhas[0].attention
+    def __init__(self, mhas: Sequence[Any], batch: int, capacity: int = 0, name: str = "") -> None:
+        self.mhas, self.batch, self.attention, self.name = mhas, batch, mhas[0].attention, name
+        self.is_global = self.attention.window_size == WHOLE_SEQUENCE
         self.rows, self.d = batch * mhas[0].heads, mhas[0].dim_head
-        self.length = cache_length(self.attention)
+        self.length = capacity if self.is_global else cache_length(self.attention)
+        self.keys, self.values = self.parameters("keys"), self.parameters("values")
+
+    def parameters(self, what: str) -> ms.ParameterTuple:
         zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
+        return ms.ParameterTuple(
+            Parameter(Tensor(zeros), name=f"cached_{what}{self.name}.{i}", requires_grad=False)
+            for i in range(len(self.mhas))
+        )
 
-        def parameters(what: str) -> ms.ParameterTuple:
-            return ms.ParameterTuple(
-                Parameter(Tensor(zeros), name=f"cached_{what}{name}.{i}", requires_grad=False) for i in range(len(mhas))
-            )
+    def grow(self, capacity: int) -> None:
+        """Take new Parameters, with slots for ``capacity`` tokens, if this is a cache of global attention."""
+        if self.is_global:
+            held = [parameter.asnumpy() for parameter in (*self.keys, *self.values)]
+            self.length = capacity
+            self.keys, self.values = self.parameters("keys"), self.parameters("values")
+            self.load(held)
 
-        self.keys, self.values = parameters("keys"), parameters("values")
+    def load(self, held: Sequence[np.ndarray]) -> None:
+        """Hold what another cache of the same layers held in its ``(*keys, *values)``, with at least as many slots."""
+        for parameter, array in zip((*self.keys, *self.values), held):
+            slots = np.zeros((self.rows, self.length + 1, self.d), np.float32)
+            array = array.reshape((self.rows, -1, self.d))[:, : self.length]
+            slots[:, : array.shape[1]] = array
+            assign_in_place(parameter, slots.reshape(parameter.shape))
 
     def step_inputs(self, position: int, steps: int, count: int, kept: int) -> StepInputs:
         """What ``steps`` steps of ``count`` tokens need, the first of which stands at ``position``.
@@ -109,9 +132,15 @@ def kind_of(mha: Any) -> Hashable:
     return mha.heads, mha.dim_head, spec, attention.self_value, scale, rotary
 
 
-def caches_of(model: DecodableModel, batch: int) -> list[KVCache]:
-    """The caches of a model's layers, one for each :func:`kind_of` attention, in the order of the layers."""
+def attentions_of(layer: Any) -> list[Any]:
+    """The cells of a layer whose keys and values go to a cache, in the order of the layer."""
+    return [cell for cell in (layer.global_attention, layer.attention) if isinstance(cell, MultiHeadAttention)]
+
+
+def caches_of(model: DecodableModel, batch: int, capacity: int = 0) -> list[KVCache]:
+    """The caches of a model, one for each :func:`kind_of` attention; those of global attention have ``capacity``."""
     kinds: dict[Hashable, list[Any]] = {}
     for layer in model.layers:
-        kinds.setdefault(kind_of(layer.attention), []).append(layer.attention)
-    return [KVCache(mhas, batch, f"_{i}") for i, mhas in enumerate(kinds.values())]
+        for mha in attentions_of(layer):
+            kinds.setdefault(kind_of(mha), []).append(mha)
+    return [KVCache(mhas, batch, capacity, f"_{i}") for i, mhas in enumerate(kinds.values())]

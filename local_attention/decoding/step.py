@@ -32,9 +32,10 @@ class DecodeStep(nn.Cell):
     ) -> None:
         super().__init__(auto_prefix=False)
         self.model, self.batch, self.count = model, caches[0].batch, count
-        self.slots_per_row = tuple(cache.length + 1 for cache in caches)
+        # of the caches that hold what local attention sees, as the dynamic position bias is for its windows alone
+        self.biased_slots = tuple(0 if cache.is_global else cache.length + 1 for cache in caches)
         cached = {
-            id(mha): (i, keys, values)
+            id(mha): (1 + i, keys, values)
             for i, cache in enumerate(caches)
             for mha, keys, values in zip(cache.mhas, cache.keys, cache.values)
         }
@@ -42,15 +43,23 @@ class DecodeStep(nn.Cell):
         backends = [operator, CachedMHA] if kernels else [CachedMHA]
         remaining = iter(global_cells)
         layers, inputs_of_layers = [], []
+
+        def with_cache(mha: nn.Cell) -> tuple[nn.Cell, int]:
+            inputs, keys, values = cached[id(mha)]
+            return choose_backend(backends, mha)(mha, keys, values), inputs
+
         for layer in model.layers:
-            kind, keys, values = cached[id(layer.attention)]
-            attention = choose_backend(backends, layer.attention)(layer.attention, keys, values)
+            attention, of_attention = with_cache(layer.attention)
             feed_forward = layer.feed_forward
             if kernels and count == 1 and can_compute(FeedForwardOperator, feed_forward):
                 feed_forward = FeedForwardOperator(feed_forward)
-            global_attention = next(remaining) if layer.global_attention is not None else None
+            global_attention, of_global = None, 0
+            if id(layer.global_attention) in cached:
+                global_attention, of_global = with_cache(layer.global_attention)
+            elif layer.global_attention is not None:
+                global_attention = next(remaining)
             layers.append(layer.with_branches(attention, feed_forward, global_attention))
-            inputs_of_layers.append((1 + kind, 0))
+            inputs_of_layers.append((of_attention, of_global))
         self.inputs_of_layers = tuple(inputs_of_layers)
         self.layers = nn.CellList(layers, auto_prefix=False)
 
@@ -68,9 +77,9 @@ class DecodeStep(nn.Cell):
     def step(self, tokens, previous, positions, step_inputs):
         """:meth:`construct`; a method, as MindSpore 2.10 never frees a cell that calls another with *step_inputs."""
         inputs = ((positions,),)
-        for i, length in enumerate(self.slots_per_row):
+        for i, biased_slots in enumerate(self.biased_slots):
             slots, mask, rotation, distances, decay = step_inputs[INPUTS * i : INPUTS * (i + 1)]
-            bias = self.model.distance_bias(distances, length)
+            bias = self.model.distance_bias(distances, biased_slots) if biased_slots > 0 else None
             if bias is not None:
                 mask = mask + ops.cat((bias,) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
             inputs = inputs + ((slots, mask, rotation, decay),)
