@@ -304,6 +304,10 @@ class LanguageModelOptions(WindowOptions, HeadsOptions, SizeOptions):
             )
         return {name: getattr(self, name) for name, mark in marks.items() if mark is None} | numbers
 
+    def is_global(self, number: int) -> bool:
+        """Whether the attention of a layer, by its number from 1, is global."""
+        return number in (self.global_attn_layers or [])
+
     def per_layer(self, name: str) -> list[int]:
         """The values that an option has in each layer, of one that takes a number or a list of them.
 
@@ -349,10 +353,6 @@ class LocalTransformerOptions(LanguageModelOptions):
                 raise ValueError(f"expected {name}=False, which is for windows, with global_attn_layers = {of_global}")
         for number in range(1, self.depth + 1):
             self.mha(number)
-
-    def is_global(self, number: int) -> bool:
-        """Whether the attention of a layer, by its number from 1, is global."""
-        return number in (self.global_attn_layers or [])
 
     def global_attention(self) -> GlobalAttentionOptions:
         """Those of the ``GlobalAttention`` of the layers whose attention is global."""

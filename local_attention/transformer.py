@@ -14,7 +14,7 @@ from local_attention.dropout import Recomputable
 from local_attention.global_attention import GlobalAttention
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
-from local_attention.mha import LocalMHA, check_float32
+from local_attention.mha import LocalMHA, MultiHeadAttention, check_float32
 from local_attention.ngram import NgramEmbedding
 from local_attention.options import LocalTransformerOptions, accepts
 from local_attention.position_bias import DynamicPositionBias
@@ -59,6 +59,11 @@ class Layer(Recomputable):
         global_connection = self.global_connection if self.global_attention is not None else None
         connections = (self.attention_connection, self.feed_forward_connection, global_connection)
         return Layer(attention, feed_forward, global_attention, connections, auto_prefix=False)
+
+    def attentions(self) -> list[MultiHeadAttention]:
+        """What attends to other tokens through queries and keys, in the order of the layer."""
+        cells = (self.global_attention, self.attention)
+        return [cell for cell in cells if isinstance(cell, MultiHeadAttention)]
 
     def construct(self, x, batch, attention_inputs=(), global_inputs=()):
         """``x: (b * n, dim)``, or ``(b * n, s, dim)`` with ``s`` residual streams; returns the same shape."""

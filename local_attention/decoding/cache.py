@@ -10,7 +10,6 @@ from mindspore import Parameter, Tensor
 from local_attention.decoding.interface import DecodableModel
 from local_attention.local_attention import LocalAttention
 from local_attention.masks import MaskSpec, to_additive_mask, visible
-from local_attention.mha import MultiHeadAttention
 from local_attention.mindspore_quirks import assign_in_place
 from local_attention.options import WHOLE_SEQUENCE
 from local_attention.rotary import rotary_angles, xpos_decay
@@ -132,15 +131,10 @@ def kind_of(mha: Any) -> Hashable:
     return mha.heads, mha.dim_head, spec, attention.self_value, scale, rotary
 
 
-def attentions_of(layer: Any) -> list[Any]:
-    """The cells of a layer whose keys and values go to a cache, in the order of the layer."""
-    return [cell for cell in (layer.global_attention, layer.attention) if isinstance(cell, MultiHeadAttention)]
-
-
 def caches_of(model: DecodableModel, batch: int, capacity: int = 0) -> list[KVCache]:
     """The caches of a model, one for each :func:`kind_of` attention; those of global attention have ``capacity``."""
     kinds: dict[Hashable, list[Any]] = {}
     for layer in model.layers:
-        for mha in attentions_of(layer):
+        for mha in layer.attentions():
             kinds.setdefault(kind_of(mha), []).append(mha)
     return [KVCache(mhas, batch, capacity, f"_{i}") for i, mhas in enumerate(kinds.values())]

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 
 from local_attention.backends import can_compute
 from local_attention.backends.cached_cpu import CachedMHAOperator
-from local_attention.decoding.cache import attentions_of, caches_of
+from local_attention.decoding.cache import caches_of
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler, SamplingRule, sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
@@ -42,7 +42,7 @@ class Session(ABC):
     kept = sys.maxsize  # how many tokens of the context a session remembers
 
     def __init__(self, model: DecodableModel, batch: int) -> None:
-        attentions = [mha.attention for layer in model.layers for mha in attentions_of(layer)]
+        attentions = [mha.attention for layer in model.layers for mha in layer.attentions()]
         if model.num_tokens is None or not all(attention.causal for attention in attentions):
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
         self.model, self.batch, self.num_tokens = model, batch, model.num_tokens

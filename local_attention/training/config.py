@@ -273,8 +273,8 @@ def check_run(run: RunConfig) -> None:
     if train.max_steps is None and train.max_minutes is None:
         raise UsageError("expected train.max_steps or train.max_minutes, got null for both: the run would never end")
     check_model(model)
-    for window in model.per_layer("local_attn_window_size"):
-        if train.seq_len % window:
+    for number, window in enumerate(model.per_layer("local_attn_window_size"), 1):
+        if not model.is_global(number) and train.seq_len % window:
             raise UsageError(
                 f"train.seq_len={train.seq_len} is not a multiple of model.local_attn_window_size={window}: change one "
                 "of them"

@@ -17,7 +17,8 @@ def flops_per_byte(model: LocalTransformer, seq_len: int) -> float:
 
     - 6 for each weight of a linear layer: projections of attention, feed-forward, n-grams, and logits;
     - 12 per channel of the heads and key that a query sees, for scores and weighted sums: keys are those in the real
-      window, cut off at the beginning of a sequence of ``seq_len`` bytes, on average over its queries.
+      window, or in the whole sequence, cut off at the beginning of a sequence of ``seq_len`` bytes, on average over its
+      queries.
 
     Embeddings, norms, activations, hyper-connections, the bias network and the optimizer are not counted, nor are
     scores that are computed only to be masked.
@@ -28,8 +29,9 @@ def flops_per_byte(model: LocalTransformer, seq_len: int) -> float:
         if parameter.name.endswith(".weight") and not parameter.name.startswith("dynamic_pos_bias.")
     )
     attention = sum(
-        layer.attention.heads * layer.attention.dim_head * visible_keys(layer.attention.attention, seq_len)
+        mha.heads * mha.dim_head * visible_keys(mha.attention, seq_len)
         for layer in model.layers
+        for mha in layer.attentions()
     )
     return 6 * weights + 12 * attention
 

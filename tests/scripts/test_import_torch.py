@@ -304,6 +304,7 @@ def test_weights_of_something_else_are_refused_naming_what_was_looked_for(weight
         ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos=abc: expected true or false"),
         ([WINDOW, "model.xpos_scale_base=9"], "model.xpos_scale_base=9.0 needs model.use_xpos=true"),
         (["model.local_attn_window_size=[4,8]"], "local_attn_window_size=[4, 8]: in the original"),
+        ([WINDOW, "model.global_attn_layers=[1]"], "global_attn_layers=[1]: the original has no global attention"),
         (["model.local_attn_window_size=[4]"], "model: expected local_attn_window_size to be a number, or a list of"),
         ([WINDOW, "model.use_rotary_pos_emb=false"], "use_rotary_pos_emb=False: the original has no model"),
     ],

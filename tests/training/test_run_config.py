@@ -240,6 +240,18 @@ def test_layers_may_have_windows_of_their_own(checked):
     assert message == "model.look_backward=-1: expected a whole number >= 0, or a list of one per layer"
 
 
+def test_layers_may_be_global(checked):
+    layers = dict(model__global_attn_layers=[6])
+    assert checked("train", **layers).model.global_attn_layers == [6]
+    checked("train", model__local_attn_window_size=[32, 64, 64, 128, 128, 100], **layers)  # it has no windows
+    message = message_of(checked, "train", model__global_attn_layers=[7])
+    assert message == "model: expected global_attn_layers from 1 to depth = 6, each once, got [7]"
+    message = message_of(checked, "train", model__global_attn_layers=[0])
+    assert message == "model.global_attn_layers=0: expected a list of whole numbers, or null"
+    message = message_of(checked, "train", model__use_xpos=True, **layers)
+    assert message == "model: expected use_xpos=False, which is for windows, with global_attn_layers = [6]"
+
+
 def test_the_decay_of_xpos_is_checked_in_each_layer(checked):
     windows = dict(model__local_attn_window_size=[4, 4, 4, 4, 4, 512], model__use_xpos=True)
     message = message_of(checked, "train", model__xpos_scale_base=3, **windows)
