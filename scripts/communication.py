@@ -28,6 +28,7 @@ RECIPES = (
     ["model=small"],
     ["model=base"],
     ["experiment=enwik8_base"],
+    ["experiment=enwik8_12l"],
 )
 WORKERS = (1, 8, 64, 512)
 PER_SERVER = 8
