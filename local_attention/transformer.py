@@ -149,8 +149,8 @@ class LocalTransformer(Recomputable):
             return_loss: take ``(b, n + 1)`` tokens (and mask) and return the mean cross-entropy of each token given
                 the tokens before it.
             return_cache: return the logits and a cache. It may be used again and again; its size depends on the window,
-                not on the length. With learned positions the context restarts where they run out, as in
-                :meth:`generate`. Not inside another cell in graph mode.
+                not on the length, except with global attention. With learned positions the context restarts where they
+                run out, as in :meth:`generate`. Not inside another cell in graph mode.
             ngram_rows: what ``ngram_emb.look_up`` finds for the tokens that are embedded, to take gradients of these
                 few rows alone instead of the whole table.
 
