@@ -5,7 +5,7 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.ops import constexpr
 
-from local_attention.constants import shared_constant
+from local_attention.constants import shared_cell, shared_constant
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, to_additive_mask
 from local_attention.mindspore_quirks import GradientByHand
@@ -38,7 +38,10 @@ class TiledAttention(nn.Cell):
         super().__init__()
         self.causal, self.self_value = attention.causal, attention.self_value
         self.dropout = dropout_cell(attention.options.dropout)
-        self.attend = TiledAttend(self.causal, self.self_value, self.dropout)
+        if self.dropout is None:
+            self.attend = shared_cell(TiledAttend, self.causal, self.self_value)
+        else:
+            self.attend = TiledAttend(self.causal, self.self_value, self.dropout)
 
     @staticmethod
     def is_available(attention: nn.Cell) -> bool:
@@ -76,7 +79,7 @@ class TiledAttendForward(nn.Cell):
         dropout: the :class:`Dropout` of the weights, or None.
     """
 
-    def __init__(self, causal, self_value, dropout):
+    def __init__(self, causal, self_value, dropout=None):
         super().__init__()
         self.causal, self.self_value, self.dropout = causal, self_value, dropout
         self.softmax = ops.Softmax(-1)
@@ -102,8 +105,7 @@ class TiledAttendForward(nn.Cell):
 
     def keep(self, weights, call, start):
         """The factors of dropout for the weights of the block from ``start`` on, the same ones for the same call."""
-        # an odd multiplier, so that the masks of blocks and those of later calls do not meet
-        return self.dropout.mask_of(call + start * 0x61C88647, weights.shape).astype(weights.dtype)
+        return self.dropout.mask_of(call + block_offset(start), weights.shape).astype(weights.dtype)
 
     def construct(self, q, k, v, call, dropping):
         """``q, k: (g, n, d)``, ``v: (g, n, e)``, ``call``: of dropout, if ``dropping``. Returns ``(g, n, e)``."""
@@ -121,7 +123,7 @@ class TiledAttendForward(nn.Cell):
 class TiledAttend(GradientByHand, TiledAttendForward):
     """The same with its gradient written by hand, see :class:`backends.blocked.Attend`."""
 
-    def __init__(self, causal, self_value, dropout):
+    def __init__(self, causal, self_value, dropout=None):
         super().__init__(TiledAttendForward(causal, self_value, dropout), causal, self_value, dropout)
 
     def bprop(self, q, k, v, call, dropping, out, do):
@@ -160,6 +162,12 @@ def query_blocks(length):
     """``((start, end), …)``: of each block of queries the first one, and the one after the last."""
     block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     return tuple((start, min(start + block, length)) for start in range(0, length, block))
+
+
+@shared_constant
+def block_offset(start):
+    """What is added to the number of a call for the block from ``start`` on, so that it meets no later call, int32."""
+    return np.array(start * 0x61C88647 % 2**32, np.uint32).astype(np.int32)
 
 
 @shared_constant

@@ -202,6 +202,11 @@ def test_with_dropout_output_and_gradients_are_those_of_the_weights_kept(mode, c
     assert_gradients(definition, inputs, cotangent, gradients)
 
 
+def test_all_blocks_of_a_long_sequence_have_other_masks():
+    offsets = [tiled.block_offset(start).asnumpy() for start, _ in query_blocks(2**20)]
+    assert all(offset.dtype == np.int32 for offset in offsets) and len(set(map(int, offsets))) == tiled.MAX_BLOCKS
+
+
 def test_weights_are_dropped_in_training_only_and_by_a_copy_differently(rng):
     cell, definition = attention(dropout=0.5)
     x = rng.standard_normal((2, 11, 6))
