@@ -204,7 +204,10 @@ def test_with_dropout_output_and_gradients_are_those_of_the_weights_kept(mode, c
 
 def test_all_blocks_of_a_long_sequence_have_other_masks():
     offsets = [tiled.block_offset(start).asnumpy() for start, _ in query_blocks(2**20)]
-    assert all(offset.dtype == np.int32 for offset in offsets) and len(set(map(int, offsets))) == tiled.MAX_BLOCKS
+    assert (
+        all(offset.dtype == np.int32 for offset in offsets)
+        and len({offset.item() for offset in offsets}) == tiled.MAX_BLOCKS
+    )
 
 
 def test_weights_are_dropped_in_training_only_and_by_a_copy_differently(rng):
