@@ -7,6 +7,7 @@ __version__ = "0.1.0"  # pyproject.toml takes it from here
 
 __all__ = [
     "DynamicPositionBias",
+    "GlobalAttention",
     "LocalAttention",
     "LocalMHA",
     "LocalTransformer",
@@ -19,6 +20,7 @@ __all__ = [
 
 _HOMES = {
     "DynamicPositionBias": "local_attention.position_bias",
+    "GlobalAttention": "local_attention.global_attention",
     "LocalAttention": "local_attention.local_attention",
     "LocalMHA": "local_attention.transformer",
     "LocalTransformer": "local_attention.transformer",
@@ -31,6 +33,7 @@ _HOMES = {
 
 if TYPE_CHECKING:  # type checkers and editors read these lines instead of __getattr__
     from local_attention.einops_mindspore import Rearrange, Reduce, Repeat
+    from local_attention.global_attention import GlobalAttention
     from local_attention.local_attention import LocalAttention
     from local_attention.position_bias import DynamicPositionBias
     from local_attention.rotary import SinusoidalEmbeddings, apply_rotary_pos_emb

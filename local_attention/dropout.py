@@ -68,8 +68,16 @@ class Dropout(nn.Cell):
 
     def mask(self, shape):
         """The factors of the next tensor of this shape: 0 or ``1 / (1 - rate)``."""
+        return self.mask_of(self.next_call(), shape)
+
+    def next_call(self):
+        """Count one more call. Returns what :meth:`mask_of` makes its mask of, which can be made again."""
+        return self.seed + ops.assign_add(self.calls, Tensor(1, ms.int32))
+
+    def mask_of(self, call, shape):
+        """The factors of a call, see :meth:`next_call`."""
         rows, columns = _rows_and_columns(shape)
-        key = self.hash(self.seed + ops.assign_add(self.calls, Tensor(1, ms.int32)))
+        key = self.hash(call)
         numbers = self.bits(self.hash(arange(4 * (rows + columns)) + key), Tensor(2**23 - 1, ms.int32))
         numbers = numbers.astype(ms.float32) * 2.0**-23
         a, b = numbers[: 4 * rows].reshape((rows, 4)) * 256, numbers[4 * rows :].reshape((4, columns))

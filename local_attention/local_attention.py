@@ -38,6 +38,8 @@ class LocalAttention(Recomputable):
             rotary embeddings.
     """
 
+    backends = SEQUENCE_BACKENDS
+
     @accepts(LocalAttentionOptions)
     def __init__(self, options: LocalAttentionOptions) -> None:
         super().__init__()
@@ -59,8 +61,8 @@ class LocalAttention(Recomputable):
         self.has_decay = options.use_xpos and self.rotary is not None  # that of xPos
         self.l2_norm = shared_cell(L2Norm) if options.shared_qk else None
         self.self_value = TOKEN_SELF_ATTN_VALUE if options.shared_qk else 0
-        self.attend = choose_backend(SEQUENCE_BACKENDS, self)(self)
-        self.attend_to_other_types = BlockedAttention(self) if self.attend.takes_projections else self.attend
+        self.attend = choose_backend(self.backends, self)(self)
+        self.attend_to_other_types = self.backends[-1](self) if self.attend.takes_projections else self.attend
 
     def to_float(self, dst_type):
         """Refused for half precision, which this cell does not see in its inputs, but only the cells in it."""

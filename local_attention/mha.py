@@ -10,23 +10,19 @@ from local_attention.dropout import Recomputable
 from local_attention.einops_mindspore import Rearrange
 from local_attention.layers import AddBias, L2Norm, LayerNorm, dense, tree_map
 from local_attention.local_attention import LocalAttention
-from local_attention.options import LocalMHAOptions, accepts
+from local_attention.options import GlobalAttentionOptions, LocalMHAOptions, accepts
 
 
-class LocalMHA(Recomputable):
-    """Multi-head attention within windows, of any length: ``x: (b, n, dim) -> (b, n, dim)``.
+class MultiHeadAttention(Recomputable):
+    """What :class:`LocalMHA` and :class:`GlobalAttention` share: all but what a query sees.
 
-    ``exact_windowsize`` is True unless given. With ``qk_rmsnorm``, queries and keys are l2-normalised and multiplied by
-    learned scales, one per channel (Dehghani et al. 2023, arXiv 2302.05442, section 2, there with LayerNorm).
-
-    The arguments are those of :class:`LocalMHAOptions`.
-
-    Raises:
-        ValueError: for an option outside its range; for ``scale`` with ``qk_rmsnorm``; and as :class:`LocalAttention`.
+    Args:
+        options: of either.
     """
 
-    @accepts(LocalMHAOptions)
-    def __init__(self, options: LocalMHAOptions) -> None:
+    attention_cell = LocalAttention  # the attention of the heads
+
+    def __init__(self, options: LocalMHAOptions | GlobalAttentionOptions) -> None:
         super().__init__()
         self.options = options
         dim, heads, dim_head = options.dim, options.heads, options.dim_head
@@ -45,27 +41,15 @@ class LocalMHA(Recomputable):
         self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), shared_cell(AddBias)
         self.split_heads = shared_cell(Rearrange, "b n (h d) -> (b h) n d", h=heads)
         self.merge_heads = shared_cell(Rearrange, "(b h) n d -> (b n) (h d)", h=heads)
-        self.attention = LocalAttention(**vars(options.attention()))
+        self.attention = self.attention_cell(**vars(options.attention()))
 
     def to_float(self, dst_type):
         """Refused for half precision before it changes cells, which other models share."""
         check_float32(dst_type)
         return super().to_float(dst_type)
 
-    def construct(self, x, mask=None, attn_bias=None):
-        """Attend.
-
-        Args:
-            x: ``(b, n, dim)`` float32.
-            mask: ``(b, n)`` booleans, True where a token may be seen.
-            attn_bias: ``(heads, window, span)`` float32, see :class:`LocalAttention`.
-
-        Returns:
-            ``(b, n, dim)``.
-
-        Raises:
-            ValueError: for another shape or type.
-        """
+    def attend_to_itself(self, x, mask, attn_bias):
+        """Attention of the sequence ``x: (b, n, dim)`` to itself."""
         x = x.reshape(_checked_shape(x.shape, x.dtype, self.dim))
         return self.attend_with(self.attend, x, (mask, attn_bias))
 
@@ -115,6 +99,39 @@ class LocalMHA(Recomputable):
         if gates is not None:
             out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head))
         return self.matmul_nt(out, self.to_out.weight)
+
+
+class LocalMHA(MultiHeadAttention):
+    """Multi-head attention within windows, of any length: ``x: (b, n, dim) -> (b, n, dim)``.
+
+    ``exact_windowsize`` is True unless given. With ``qk_rmsnorm``, queries and keys are l2-normalised and multiplied by
+    learned scales, one per channel (Dehghani et al. 2023, arXiv 2302.05442, section 2, there with LayerNorm).
+
+    The arguments are those of :class:`LocalMHAOptions`.
+
+    Raises:
+        ValueError: for an option outside its range; for ``scale`` with ``qk_rmsnorm``; and as :class:`LocalAttention`.
+    """
+
+    @accepts(LocalMHAOptions)
+    def __init__(self, options: LocalMHAOptions) -> None:
+        super().__init__(options)
+
+    def construct(self, x, mask=None, attn_bias=None):
+        """Attend.
+
+        Args:
+            x: ``(b, n, dim)`` float32.
+            mask: ``(b, n)`` booleans, True where a token may be seen.
+            attn_bias: ``(heads, window, span)`` float32, see :class:`LocalAttention`.
+
+        Returns:
+            ``(b, n, dim)``.
+
+        Raises:
+            ValueError: for another shape or type.
+        """
+        return self.attend_to_itself(x, mask, attn_bias)
 
 
 @constexpr

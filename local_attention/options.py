@@ -8,12 +8,23 @@ does the checking. Imports nothing slow: command lines are checked before MindSp
 import dataclasses
 import inspect
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 P = ParamSpec("P")
@@ -22,6 +33,7 @@ Options = TypeVar("Options")
 
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 MAX_NGRAM_BUCKETS = 2**18
+WHOLE_SEQUENCE = 2**30  # tokens of a window that is longer than any sequence
 
 
 def Help(text: str) -> Any:
@@ -38,10 +50,24 @@ class NotInOriginal(typing.NamedTuple):
     problem: str = ""
 
 
+# Where Pydantic found a problem in an option that takes a number, or a list of one per layer.
+NUMBER, LIST = "a number", "a list"
+NUMBER_OR_LIST = Discriminator(lambda value: LIST if isinstance(value, (list, tuple)) else NUMBER)
+
 # What options mean, by type, range and help. Several constructors share most of them.
 
 WindowSize = Annotated[StrictInt, Ge(1), Help("tokens per window")]
 LookBackward = Annotated[StrictInt, Ge(0), Help("windows seen before a token's own")]
+WindowSizes = Annotated[
+    Annotated[WindowSize, Tag(NUMBER)] | Annotated[list[WindowSize], Tag(LIST)],
+    NUMBER_OR_LIST,
+    Help("tokens per window"),
+]
+LookBackwards = Annotated[
+    Annotated[LookBackward, Tag(NUMBER)] | Annotated[list[LookBackward], Tag(LIST)],
+    NUMBER_OR_LIST,
+    Help("windows seen before a token's own"),
+]
 LookForward = Annotated[
     StrictInt | None,
     Ge(0),
@@ -118,16 +144,12 @@ class LocalAttentionOptions:
 
 @dataclass(kw_only=True, config=CHECKED)
 class HeadsOptions:
-    """Arguments that ``LocalMHA`` and ``LocalTransformer`` share."""
+    """Arguments that all cells with heads share."""
 
     dim: Dim
     heads: Heads = 8
     dim_head: DimHead = 64
-    look_backward: LookBackward = LocalAttentionOptions.look_backward
-    exact_windowsize: ExactWindowSize | None = None
     use_rotary_pos_emb: UseRotary = LocalAttentionOptions.use_rotary_pos_emb
-    use_xpos: UseXpos = LocalAttentionOptions.use_xpos
-    xpos_scale_base: XposScaleBase = LocalAttentionOptions.xpos_scale_base
     scale: Scale = LocalAttentionOptions.scale
     qk_rmsnorm: QKNorm = False
     qk_scale: QKScale = 8.0
@@ -136,12 +158,19 @@ class HeadsOptions:
 
 
 @dataclass(kw_only=True, config=CHECKED)
-class LocalMHAOptions(HeadsOptions):
-    """Arguments of ``LocalMHA``, all by name."""
+class WindowOptions:
+    """Arguments about windows that ``LocalMHA`` and ``LocalTransformer`` share."""
 
-    window_size: WindowSize
+    exact_windowsize: ExactWindowSize | None = None
+    use_xpos: UseXpos = LocalAttentionOptions.use_xpos
+    xpos_scale_base: XposScaleBase = LocalAttentionOptions.xpos_scale_base
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class AttentionLayerOptions(HeadsOptions, ABC):
+    """Arguments that ``LocalMHA`` and ``GlobalAttention`` share."""
+
     causal: Causal = False
-    look_forward: LookForward = LocalAttentionOptions.look_forward
     dropout: AttentionDropout = LocalAttentionOptions.dropout
     prenorm: Annotated[StrictBool, Help("LayerNorm before the projections")] = False
 
@@ -155,17 +184,36 @@ class LocalMHAOptions(HeadsOptions):
             )
         self.attention()
 
+    @abstractmethod
     def attention(self) -> LocalAttentionOptions:
         """Those of its ``LocalAttention``."""
-        return LocalAttentionOptions(
-            **shared(self, LocalAttentionOptions)
-            | dict(
-                dim=self.dim_head,
-                autopad=True,
-                exact_windowsize=True if self.exact_windowsize is None else self.exact_windowsize,
-                scale=self.qk_scale if self.qk_rmsnorm else self.scale,
-            )
-        )
+
+    def attention_with(self, **options: Any) -> LocalAttentionOptions:
+        """Those of its ``LocalAttention``, with some that are not its own."""
+        scale = self.qk_scale if self.qk_rmsnorm else self.scale
+        own = shared(self, LocalAttentionOptions) | dict(dim=self.dim_head, autopad=True, scale=scale)
+        return LocalAttentionOptions(**own | options)
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class LocalMHAOptions(WindowOptions, AttentionLayerOptions):  # dataclasses list the fields of the last base first
+    """Arguments of ``LocalMHA``, all by name."""
+
+    window_size: WindowSize
+    look_backward: LookBackward = LocalAttentionOptions.look_backward
+    look_forward: LookForward = LocalAttentionOptions.look_forward
+
+    def attention(self) -> LocalAttentionOptions:
+        exact_windowsize = True if self.exact_windowsize is None else self.exact_windowsize
+        return self.attention_with(exact_windowsize=exact_windowsize)
+
+
+@dataclass(kw_only=True, config=CHECKED)
+class GlobalAttentionOptions(AttentionLayerOptions):
+    """Arguments of ``GlobalAttention``, all by name."""
+
+    def attention(self) -> LocalAttentionOptions:
+        return self.attention_with(window_size=WHOLE_SEQUENCE, look_backward=0, look_forward=0)
 
 
 @dataclass(config=CHECKED)
@@ -188,7 +236,7 @@ class SizeOptions:
 
 
 @dataclass(kw_only=True, config=CHECKED)
-class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the fields of the last base first
+class LanguageModelOptions(WindowOptions, HeadsOptions, SizeOptions):
     """Arguments of ``LocalTransformer`` for a causal language model without inserted cells: what a config can hold."""
 
     ff_mult: FeedForwardMult = FeedForwardOptions.mult
@@ -197,7 +245,13 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the f
     ] = 1
     attn_dropout: AttentionDropout = LocalAttentionOptions.dropout
     ff_dropout: FeedForwardDropout = FeedForwardOptions.dropout
-    local_attn_window_size: WindowSize = 512
+    local_attn_window_size: WindowSizes = 512
+    look_backward: LookBackwards = LocalAttentionOptions.look_backward
+    global_attn_layers: Annotated[
+        list[Annotated[StrictInt, Ge(1)]] | None,
+        NotInOriginal("the original has no global attention"),
+        Help("the numbers of the layers, from 1, whose attention is global instead of local; None: none"),
+    ] = None
     use_abs_pos_emb: Annotated[
         StrictBool,
         NotInOriginal(),
@@ -243,12 +297,36 @@ class LanguageModelOptions(HeadsOptions, SizeOptions):  # dataclasses list the f
                 "use_rotary_pos_emb=False: the original has no model without rotary embeddings but one with "
                 "use_dynamic_pos_bias=True"
             )
-        if self.use_dynamic_pos_bias and self.look_backward != 1:
+        numbers = {}
+        for name in ("local_attn_window_size", "look_backward"):
+            numbers[name], *others = self.per_layer(name)
+            if others != [numbers[name]] * len(others):
+                raise ValueError(f"{name}={getattr(self, name)}: in the original, it is the same in all layers")
+        if self.use_dynamic_pos_bias and numbers["look_backward"] != 1:
             raise ValueError(
                 f"look_backward={self.look_backward} with use_dynamic_pos_bias=True: the original's bias is for one "
                 "window back and no other number"
             )
-        return {name: getattr(self, name) for name, mark in marks.items() if mark is None}
+        return {name: getattr(self, name) for name, mark in marks.items() if mark is None} | numbers
+
+    def is_global(self, number: int) -> bool:
+        """Whether the attention of a layer, by its number from 1, is global."""
+        return number in (self.global_attn_layers or [])
+
+    def per_layer(self, name: str) -> list[int]:
+        """The values that an option has in each layer, of one that takes a number or a list of them.
+
+        Raises:
+            ValueError: for a list of another length than ``depth``.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            return [value] * self.depth
+        if len(value) != self.depth:
+            raise ValueError(
+                f"expected {name} to be a number, or a list of depth = {self.depth} numbers, got {len(value)}: {value}"
+            )
+        return value
 
 
 @dataclass(kw_only=True, config=CHECKED)
@@ -272,14 +350,28 @@ class LocalTransformerOptions(LanguageModelOptions):
                 raise ValueError(f"expected a global_attn_layer to insert before the layers {layers}, got none")
             if not all(1 <= layer <= self.depth for layer in layers):
                 raise ValueError(f"expected layers_insert_global_attn from 1 to depth = {self.depth}, got {layers}")
-        self.mha()
+        of_global = self.global_attn_layers or []
+        if len(set(of_global)) < len(of_global) or not all(layer <= self.depth for layer in of_global):
+            raise ValueError(f"expected global_attn_layers from 1 to depth = {self.depth}, each once, got {of_global}")
+        for name in ("use_xpos", "use_dynamic_pos_bias"):
+            if of_global and getattr(self, name):
+                raise ValueError(f"expected {name}=False, which is for windows, with global_attn_layers = {of_global}")
+        for number in range(1, self.depth + 1):
+            self.mha(number)
 
-    def mha(self) -> LocalMHAOptions:
-        """Those of the ``LocalMHA`` of each layer."""
+    def global_attention(self) -> GlobalAttentionOptions:
+        """Those of the ``GlobalAttention`` of the layers whose attention is global."""
+        return GlobalAttentionOptions(
+            **shared(self, GlobalAttentionOptions) | dict(dropout=self.attn_dropout, prenorm=True)
+        )
+
+    def mha(self, number: int) -> LocalMHAOptions:
+        """Those of the ``LocalMHA`` of a layer, by its number from 1."""
         return LocalMHAOptions(
             **shared(self, LocalMHAOptions)
             | dict(
-                window_size=self.local_attn_window_size,
+                window_size=self.per_layer("local_attn_window_size")[number - 1],
+                look_backward=self.per_layer("look_backward")[number - 1],
                 dropout=self.attn_dropout,
                 prenorm=True,
                 use_rotary_pos_emb=self.use_rotary_pos_emb and not self.use_dynamic_pos_bias,
@@ -348,7 +440,8 @@ def first_problem(error: ValidationError) -> tuple[str, str, Any]:
     For values that do not go together, the name is that of their group, and what was expected is the whole message.
     """
     problem = error.errors()[0]
-    name, context = ".".join(map(str, problem["loc"])), problem.get("ctx", {})
+    path = [part for part in problem["loc"] if isinstance(part, str) and part not in (NUMBER, LIST)]
+    name, context = ".".join(path), problem.get("ctx", {})
     if isinstance(context.get("error"), ValidationError):  # of options that are derived from these
         return first_problem(context["error"])
     if "error" in context:

@@ -11,9 +11,10 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import constexpr
 
 from local_attention.dropout import Recomputable
+from local_attention.global_attention import GlobalAttention
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
-from local_attention.mha import LocalMHA, check_float32
+from local_attention.mha import LocalMHA, MultiHeadAttention, check_float32
 from local_attention.ngram import NgramEmbedding
 from local_attention.options import LocalTransformerOptions, accepts
 from local_attention.position_bias import DynamicPositionBias
@@ -27,11 +28,11 @@ INTEGER_TYPES = (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8, ms.uint16, ms.
 class Layer(Recomputable):
     """Attention and feed-forward, each connected to the residual stream or streams.
 
-    In training and evaluation, ``attention`` and ``feed_forward`` are :class:`LocalMHA` and :class:`FeedForward`; in
-    decoding, cells that compute the same with the KV cache (:meth:`with_branches`).
+    In training and evaluation, ``attention`` is :class:`LocalMHA` or :class:`GlobalAttention`; in decoding, cells that
+    compute the same with the KV cache (:meth:`with_branches`).
 
     Args:
-        attention: ``(b, n, dim), *attention_inputs -> (b, n, dim)``.
+        attention: ``(b, n, dim), *attention_inputs -> (b, n, dim)``; local, or in some layers global.
         feed_forward: ``(b, n, dim) -> (b, n, dim)``.
         global_attention: ``(b, n, dim), *global_inputs -> (b, n, dim)``, goes before the other two; or None.
         connections: those of attention, feed-forward and global attention, see :mod:`hyper_connections`.
@@ -58,6 +59,11 @@ class Layer(Recomputable):
         global_connection = self.global_connection if self.global_attention is not None else None
         connections = (self.attention_connection, self.feed_forward_connection, global_connection)
         return Layer(attention, feed_forward, global_attention, connections, auto_prefix=False)
+
+    def attentions(self) -> list[MultiHeadAttention]:
+        """What attends to other tokens through queries and keys, in the order of the layer."""
+        cells = (self.global_attention, self.attention)
+        return [cell for cell in cells if isinstance(cell, MultiHeadAttention)]
 
     def construct(self, x, batch, attention_inputs=(), global_inputs=()):
         """``x: (b * n, dim)``, or ``(b * n, s, dim)`` with ``s`` residual streams; returns the same shape."""
@@ -95,7 +101,11 @@ class LocalTransformer(Recomputable):
         inserted = numbers if options.layers_insert_global_attn is None else options.layers_insert_global_attn
 
         def layer(number: int) -> Layer:
-            attention = LocalMHA(**vars(options.mha()))
+            attention = (
+                GlobalAttention(**vars(options.global_attention()))
+                if options.is_global(number)
+                else LocalMHA(**vars(options.mha(number)))
+            )
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
             if options.zero_init_outputs:
                 for branch in (attention, feed_forward):
@@ -106,6 +116,17 @@ class LocalTransformer(Recomputable):
             return Layer(attention, feed_forward, global_attention, connections)
 
         self.layers = nn.CellList([layer(number) for number in numbers])
+        local = [layer.attention.attention for layer in self.layers if isinstance(layer.attention, LocalMHA)]
+        sizes = [(attention.window_size, attention.look_backward, attention.look_forward) for attention in local]
+        self.window_sizes = tuple(dict.fromkeys(sizes))  # each once: layers of the same windows share their bias
+        of_windows = iter(2 + self.window_sizes.index(size) for size in sizes)
+        self.inputs_of_layers = tuple(  # which of the inputs in `hidden` go to attention and to inserted attention
+            (
+                next(of_windows) if isinstance(layer.attention, LocalMHA) else 1,
+                1 if isinstance(layer.global_attention, GlobalAttention) else 0,
+            )
+            for layer in self.layers
+        )
         self.dynamic_pos_bias = None
         if options.use_dynamic_pos_bias:
             self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), options.heads)
@@ -131,8 +152,8 @@ class LocalTransformer(Recomputable):
             return_loss: take ``(b, n + 1)`` tokens (and mask) and return the mean cross-entropy of each token given
                 the tokens before it.
             return_cache: return the logits and a cache. It may be used again and again; its size depends on the window,
-                not on the length. With learned positions the context restarts where they run out, as in
-                :meth:`generate`. Not inside another cell in graph mode.
+                not on the length, except with global attention. With learned positions the context restarts where they
+                run out, as in :meth:`generate`. Not inside another cell in graph mode.
             ngram_rows: what ``ngram_emb.look_up`` finds for the tokens that are embedded, to take gradients of these
                 few rows alone instead of the whole table.
 
@@ -255,7 +276,10 @@ class LocalTransformer(Recomputable):
             if self.ngram_emb is not None and ngram_rows is None:
                 ngram_rows = self.ngram_emb.look_up(self.ngram_emb.bucket_ids_of_sequence(x, mask))
             x = self.embed(x, ngram_rows, positions)
-        return self.run_layers(self.layers, x, (mask, self.window_bias()))
+        inputs = ((), (mask,))
+        for bias in self.window_biases():
+            inputs = inputs + ((mask, bias),)
+        return self.run_layers(self.layers, x, inputs, self.inputs_of_layers)
 
     def embed_next(self, tokens, previous, positions):
         """Embed ``tokens: (b, n)`` at ``positions: (n,)``; ``previous: (b, max_ngram - 1)`` are 1 + those before."""
@@ -279,21 +303,28 @@ class LocalTransformer(Recomputable):
             x = x + ops.cat((position_rows.reshape((1, *position_rows.shape)),) * x.shape[0], 0)
         return x
 
-    def run_layers(self, layers, x, attention_inputs, global_inputs=()):
-        """``x: (b, n, dim)`` through the layers: this model's, or those that decode; see :class:`Layer`."""
+    def run_layers(self, layers, x, inputs, inputs_of_layers):
+        """``x: (b, n, dim)`` through the layers: this model's, or those that decode; see :class:`Layer`.
+
+        ``inputs`` are tuples of what attention takes beside ``x``. ``inputs_of_layers`` says for each layer which of
+        them its attention takes, and which its inserted global attention.
+        """
         b, n, dim = x.shape
         x = expand_streams(x.reshape((b * n, dim)), self.streams)
-        for layer in layers:
-            x = layer(x, b, attention_inputs, global_inputs)
+        for i, layer in enumerate(layers):
+            of_attention, of_global = inputs_of_layers[i]
+            x = layer(x, b, inputs[of_attention], inputs[of_global])
         return reduce_streams(x, self.streams).reshape((b, n, dim))
 
-    def window_bias(self):
-        """The dynamic position bias of a window, ``(heads, window, span)``, or None."""
-        if self.dynamic_pos_bias is None:
-            return None
-        attention = self.layers[0].attention.attention
-        window, back = attention.window_size, attention.look_backward * attention.window_size
-        return self.dynamic_pos_bias(window, back + (1 + attention.look_forward) * window, back)
+    def window_biases(self):
+        """For each of ``window_sizes`` the dynamic position bias, ``(heads, window, span)``, or None."""
+        biases = ()
+        for window, back, ahead in self.window_sizes:
+            bias = None
+            if self.dynamic_pos_bias is not None:
+                bias = self.dynamic_pos_bias(window, (back + 1 + ahead) * window, back * window)
+            biases = biases + (bias,)
+        return biases
 
     def distance_bias(self, distances, count):
         """The dynamic position bias for ``distances: (m,)`` below ``count``, ``(heads, m)``, or None."""

@@ -3,6 +3,7 @@
     python scripts/benchmark_train.py                                                        # small model
     python scripts/benchmark_train.py --dim 512 --depth 6 --heads 8 --length 2048 --batch 2  # base model
     python scripts/benchmark_train.py --attention --heads 8 --length 8192 --batch 1          # only LocalAttention
+    python scripts/benchmark_train.py --attention --whole --heads 8 --length 8192 --batch 1  # of GlobalAttention
     python scripts/benchmark_train.py --profile                                              # times of operators
     python scripts/benchmark_train.py --set use_xpos=true --set num_residual_streams=4       # other options
 
@@ -12,6 +13,7 @@ The floor is the time that the matrix products would take at the rate of a large
 that are masked. If ``make parity`` has set up its environment, PyTorch is measured there in eager mode, twice: as the
 package ``local-attention``, and as the same model with windows in the batch and PyTorch's fused
 ``scaled_dot_product_attention``, see ``scripts/pytorch_sdpa.py``; with ``--bfloat16`` the latter also under autocast.
+Attention to the whole sequence (``--whole``) is measured beside that function alone.
 All begin with the same weights, and their first losses must agree to 1e-4 nats (under autocast to 1e-2).
 """
 
@@ -42,6 +44,7 @@ NAMES = {
     "original": "PyTorch local-attention",
     "sdpa": "PyTorch, windows + SDPA",
     "bfloat16": "the same, autocast to bfloat16",
+    "whole": "PyTorch, SDPA with is_causal",
 }
 LR = 2e-4
 SIDE = 2048  # size of the matrices whose product is measured for the floor
@@ -78,7 +81,8 @@ def attention_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def product_flops(arguments: argparse.Namespace) -> int:
     """Floating-point operations of the matrix products of a step; backward takes twice those of forward."""
     inner, tokens = arguments.heads * arguments.dim_head, arguments.batch * arguments.length
-    attention = 2 * (arguments.window + 1) * inner  # scores and weighted sum, for each key that a query attends to
+    keys = (arguments.length + 1) / 2 if arguments.whole else arguments.window + 1  # that a query attends to
+    attention = int(2 * keys * inner)  # scores and weighted sum
     if arguments.attention:
         return 3 * 2 * tokens * attention
     layer = 4 * arguments.dim * inner + 3 * arguments.dim * int(arguments.dim * 4 * 2 / 3)
@@ -112,7 +116,7 @@ def ours(arguments: argparse.Namespace) -> Iterator[Step]:
         from local_attention import LocalAttention
 
         *inputs, gradient = map(Tensor, heads(arguments))
-        attend = LocalAttention(**attention_options(arguments))
+        attend = whole_attention(arguments) if arguments.whole else LocalAttention(**attention_options(arguments))
         gradients = ops.GradOperation(get_all=True, sens_param=True)(attend)
         loss = float((attend(*inputs).asnumpy() ** 2).mean())
 
@@ -140,6 +144,14 @@ def ours(arguments: argparse.Namespace) -> Iterator[Step]:
     return measure(step)
 
 
+def whole_attention(arguments: argparse.Namespace) -> Any:
+    """The attention of the heads of a causal ``GlobalAttention``."""
+    from local_attention import GlobalAttention
+
+    sizes: dict[str, Any] = dict(dim=1, heads=arguments.heads, dim_head=arguments.dim_head)
+    return GlobalAttention(**sizes, causal=True, use_rotary_pos_emb=False).attention
+
+
 def pytorch(arguments: argparse.Namespace, sdpa: bool = False, bfloat16: bool = False) -> Iterator[Step]:
     """Measure steps of the PyTorch package, or of the same model with windows in the batch and SDPA."""
     module = import_original()
@@ -152,7 +164,9 @@ def pytorch(arguments: argparse.Namespace, sdpa: bool = False, bfloat16: bool = 
     if arguments.attention:
         *inputs, gradient = (torch.from_numpy(array).requires_grad_() for array in heads(arguments))
         attend = module.LocalAttention(**attention_options(arguments))
-        if sdpa:
+        if arguments.whole:
+            attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+        elif sdpa:
             attend = WindowedSdpa(attend.window_size, attend.exact_windowsize, arguments.dim_head)
         with torch.no_grad():
             loss = attend(*inputs).square().mean().item()
@@ -251,6 +265,7 @@ def main() -> int:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--attention", action="store_true", help="measure LocalAttention instead of a model")
+    parser.add_argument("--whole", action="store_true", help="with --attention: that of GlobalAttention")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option of both implementations"
     )
@@ -266,7 +281,10 @@ def main() -> int:
         "original": pytorch,
         "sdpa": partial(pytorch, sdpa=True),
         "bfloat16": partial(pytorch, sdpa=True, bfloat16=True),
+        "whole": pytorch,
     }
+    if arguments.whole and (not arguments.attention or arguments.set):
+        parser.error("--whole needs --attention, and takes no --set")
     if arguments.worker:
         work(implementations[arguments.worker](arguments))
         return 0
@@ -274,8 +292,8 @@ def main() -> int:
         print_profile(arguments)
         return 0
 
-    peers = ["original"]
-    if not set_options(arguments).keys() - {"exact_windowsize"}:  # what the other attention computes
+    peers = ["whole"] if arguments.whole else ["original"]
+    if peers == ["original"] and not set_options(arguments).keys() - {"exact_windowsize"}:  # which the others compute
         peers += ["sdpa", "bfloat16"] if arguments.bfloat16 else ["sdpa"]
     with tempfile.TemporaryDirectory() as folder:
         options = ["--weights", f"{folder}/weights.npz"]
@@ -311,7 +329,7 @@ def main() -> int:
     figures["compile_s"] = Step(*first["ours"]["result"]).seconds - figures["ours"]["s"]
     print(f"the floor: {figures['gflop']:.1f} GFLOP at {figures['gflop'] / lower_bound:.0f} GFLOP/s; ", end="")
     print(f"this project compiled its step in {figures['compile_s']:.1f} s")
-    if in_float32 := [name for name in ("original", "sdpa") if name in seconds]:
+    if in_float32 := [name for name in ("original", "sdpa", "whole") if name in seconds]:
         strongest = min(in_float32, key=lambda name: figures[name]["s"])
         figures["strongest"], figures["ratio"] = strongest, figures[strongest]["s"] / figures["ours"]["s"]
         memory_ratio = figures["ours"]["memory_bytes"] / figures[strongest]["memory_bytes"]

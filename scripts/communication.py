@@ -28,6 +28,7 @@ RECIPES = (
     ["model=small"],
     ["model=base"],
     ["experiment=enwik8_base"],
+    ["experiment=enwik8_12l"],
 )
 WORKERS = (1, 8, 64, 512)
 PER_SERVER = 8
@@ -80,7 +81,7 @@ def step_of(config: RunConfig) -> Step:
     """Return the :class:`Step` of a config.
 
     The backward pass takes twice the operations of the forward pass. Scores are computed for the keys of one and a half
-    windows, as queries are divided into blocks of half a window.
+    windows, as queries are divided into blocks of half a window; for those of half the sequence in global attention.
     """
     model, train = config.model, config.train
     network = build_model(model)
@@ -88,8 +89,12 @@ def step_of(config: RunConfig) -> Step:
     tables = sum(size for name, size in sizes.items() if name.endswith("ngram_emb.embedding_table"))
     embeddings = sum(size for name, size in sizes.items() if name.endswith("embedding_table"))
     tokens = train.seq_len * train.batch_size * train.grad_accum_every
-    keys = model.local_attn_window_size * (model.look_backward + 0.5)
-    scores = 2 * 2 * keys * model.heads * model.dim_head * model.depth
+    windows = zip(model.per_layer("local_attn_window_size"), model.per_layer("look_backward"))
+    keys = sum(
+        train.seq_len / 2 if model.is_global(number) else window * (look_backward + 0.5)
+        for number, (window, look_backward) in enumerate(windows, 1)
+    )
+    scores = 2 * 2 * keys * model.heads * model.dim_head
     flops = 3 * tokens * (2 * (sum(sizes.values()) - embeddings) + scores)
     rows = tokens * (model.max_ngram - 1) * 4 * (model.ngram_dim + 1) if tables else 0  # with their indices
     return Step(flops, 4 * (sum(sizes.values()) - tables), len(sizes), rows)

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from dataclasses import field, make_dataclass, replace
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -211,7 +212,7 @@ def main(config: ImportConfig) -> None:
     Checkpoints(run_dir / "checkpoints").save(tensors, {**RunState(None, None).state_dict(), **provenance})
 
     # Print the commands to use next.
-    window, default = model_config.local_attn_window_size, as_dict(ModelConfig())
+    window, default = lcm(*model_config.per_layer("local_attn_window_size")), as_dict(ModelConfig())
     seq_len = max(model_config.max_seq_len // window, 1) * window
     changes = {key: value for key, value in as_dict(model_config).items() if value != default[key]}
     changes["max_seq_len"] = model_config.max_seq_len  # by default that of train.seq_len

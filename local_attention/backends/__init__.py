@@ -4,6 +4,8 @@
 backend                   used for                                               keys come from
 ========================  =====================================================  ======================
 ``blocked``               training and evaluation, on any device                 the sequence itself
+``fused`` (C++)           the same on a CPU, where it was built                  the sequence itself
+``tiled``                 the same for global attention, on any device           the sequence itself
 ``cached``                prefill and decoding, on any device                    the KV cache
 ``cached_cpu`` (C++)      decoding on a CPU, where it was built                  the KV cache
 ========================  =====================================================  ======================

@@ -1,6 +1,7 @@
 """The KV cache: of each layer the keys and values that later tokens can still see."""
 
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -9,6 +10,8 @@ from mindspore import Parameter, Tensor
 from local_attention.decoding.interface import DecodableModel
 from local_attention.local_attention import LocalAttention
 from local_attention.masks import MaskSpec, to_additive_mask, visible
+from local_attention.mindspore_quirks import assign_in_place
+from local_attention.options import WHOLE_SEQUENCE
 from local_attention.rotary import rotary_angles, xpos_decay
 
 
@@ -19,9 +22,8 @@ def cache_length(attention: LocalAttention) -> int:
 
 
 class StepInputs(NamedTuple):
-    """What decode steps need of positions: arrays with an axis of steps in front."""
+    """What the attention of decode steps needs of positions: arrays with an axis of steps in front."""
 
-    positions: np.ndarray  # (count,) int32, for learned positions
     slots: np.ndarray  # (b * heads * count,) int32, the rows of the cache that take the new keys and values
     mask: np.ndarray  # (1, count, span) float32, additive, for the cache's keys; and for a count > 1 the new ones
     rotation: np.ndarray  # (4, b * heads * count, d) float32: cosines and sines for queries (scaled) and for keys
@@ -30,30 +32,51 @@ class StepInputs(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of all layers: ``keys[i]`` and ``values[i]`` are Parameters ``(b * heads * (length + 1), d)``.
+    """Keys and values of layers that see alike, each in Parameters ``keys[i]`` and ``values[i]``.
 
-    A circular buffer of ``length`` slots per head: a token's slot is its position modulo ``length``. One more slot,
-    which no query sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores
-    depend on the difference), but without the decay of xPos, which would leave float32's range.
+    Of the shape ``(b * heads * (length + 1), d)``: a circular buffer of ``length`` slots per head, in which a token's
+    slot is its position modulo ``length``. One more slot, which no query sees, takes what need not be kept. Keys are
+    stored rotated, by their absolute positions (scores depend on the difference), but without the decay of xPos, which
+    would leave float32's range.
+
+    A cache of global attention has as many slots as the context may have tokens, see :meth:`grow`.
 
     Args:
-        model: the model.
+        mhas: the attention of the layers, all of one :func:`kind_of`.
         batch: number of sequences.
+        capacity: slots for global attention.
+        name: what the names of the Parameters end with.
     """
 
-    def __init__(self, model: DecodableModel, batch: int) -> None:
-        mha = model.layers[0].attention
-        self.attention, self.batch, self.max_position = mha.attention, batch, model.max_seq_len - 1
-        self.rows, self.d = batch * mha.heads, mha.dim_head
-        self.length = cache_length(self.attention)
+    def __init__(self, mhas: Sequence[Any], batch: int, capacity: int = 0, name: str = "") -> None:
+        self.mhas, self.batch, self.attention, self.name = mhas, batch, mhas[0].attention, name
+        self.is_global = self.attention.window_size == WHOLE_SEQUENCE
+        self.rows, self.d = batch * mhas[0].heads, mhas[0].dim_head
+        self.length = capacity if self.is_global else cache_length(self.attention)
+        self.keys, self.values = self.parameters("keys"), self.parameters("values")
+
+    def parameters(self, what: str) -> ms.ParameterTuple:
         zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
+        return ms.ParameterTuple(
+            Parameter(Tensor(zeros), name=f"cached_{what}{self.name}.{i}", requires_grad=False)
+            for i in range(len(self.mhas))
+        )
 
-        def parameters(name: str) -> ms.ParameterTuple:
-            return ms.ParameterTuple(
-                Parameter(Tensor(zeros), name=f"{name}.{i}", requires_grad=False) for i in range(len(model.layers))
-            )
+    def grow(self, capacity: int) -> None:
+        """Take new Parameters, with slots for ``capacity`` tokens, if this is a cache of global attention."""
+        if self.is_global:
+            held = [parameter.asnumpy() for parameter in (*self.keys, *self.values)]
+            self.length = capacity
+            self.keys, self.values = self.parameters("keys"), self.parameters("values")
+            self.load(held)
 
-        self.keys, self.values = parameters("cached_keys"), parameters("cached_values")
+    def load(self, held: Sequence[np.ndarray]) -> None:
+        """Hold what another cache of the same layers held in its ``(*keys, *values)``, with at least as many slots."""
+        for parameter, array in zip((*self.keys, *self.values), held):
+            slots = np.zeros((self.rows, self.length + 1, self.d), np.float32)
+            array = array.reshape((self.rows, -1, self.d))[:, : self.length]
+            slots[:, : array.shape[1]] = array
+            assign_in_place(parameter, slots.reshape(parameter.shape))
 
     def step_inputs(self, position: int, steps: int, count: int, kept: int) -> StepInputs:
         """What ``steps`` steps of ``count`` tokens need, the first of which stands at ``position``.
@@ -88,8 +111,6 @@ class KVCache:
         rotation = np.stack([cos * q_factor, sin * q_factor, cos, sin], 1)[:, :, None]
         rotation = np.broadcast_to(rotation, (steps, 4, self.rows, count, d))
         return StepInputs(
-            # padding may lie beyond the learned positions
-            np.minimum(positions, self.max_position).astype(np.int32),
             slots.reshape((steps, -1)).astype(np.int32),
             mask[:, None].astype(np.float32),
             rotation.reshape((steps, 4, -1, d)).astype(np.float32),
@@ -100,3 +121,20 @@ class KVCache:
     def max_chunk(self) -> int:
         """The most tokens per step that the decay of xPos, ``3.5 ** (chunk / base)``, allows in float32."""
         return max(1, int(55 * self.attention.rotary.scale_base)) if self.attention.has_decay else 2**31
+
+
+def kind_of(mha: Any) -> Hashable:
+    """What the :class:`StepInputs` of a layer depend on: layers of one kind share them, and a :class:`KVCache`."""
+    attention = mha.attention
+    rotary = attention.rotary and (attention.rotary.theta, attention.rotary.scale_base)
+    spec, scale = attention.mask_spec(attention.window_size), attention.score_scale(mha.dim_head)
+    return mha.heads, mha.dim_head, spec, attention.self_value, scale, rotary
+
+
+def caches_of(model: DecodableModel, batch: int, capacity: int = 0) -> list[KVCache]:
+    """The caches of a model, one for each :func:`kind_of` attention; those of global attention have ``capacity``."""
+    kinds: dict[Hashable, list[Any]] = {}
+    for layer in model.layers:
+        for mha in layer.attentions():
+            kinds.setdefault(kind_of(mha), []).append(mha)
+    return [KVCache(mhas, batch, capacity, f"_{i}") for i, mhas in enumerate(kinds.values())]

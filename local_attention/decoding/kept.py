@@ -7,7 +7,6 @@ import numpy as np
 
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.session import DecodingSession, Session, UncachedSession, can_be_decoded
-from local_attention.mindspore_quirks import assign_in_place
 from local_attention.tokens import as_integers
 
 # How many sessions a model keeps, and of how large caches together; its last one it keeps in any case. Beside its
@@ -70,8 +69,7 @@ def logits_with_cache(model: DecodableModel, tokens: Any, cache: Cache | None) -
                 f"expected tokens ({len(cache.newest)}, n) with n > {length} for this cache, got {tokens.shape}"
             )
         session.position, session.newest = cache.position, cache.newest
-        for parameter, array in zip(session.state, cache.state):
-            assign_in_place(parameter, array)
+        session.restore(cache.state)
     logits = session.feed(tokens[:, length:])
     state = [parameter.asnumpy().copy() for parameter in session.state]
     return logits, Cache(tokens.shape[1], session.position, session.newest, state)

@@ -2,23 +2,27 @@
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from local_attention.backends import can_compute
 from local_attention.backends.cached_cpu import CachedMHAOperator
-from local_attention.decoding.cache import KVCache
+from local_attention.decoding.cache import caches_of
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler, SamplingRule, sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
-from local_attention.mindspore_quirks import addresses_of, call_without_checks, eval_mode
+from local_attention.mha import MultiHeadAttention
+from local_attention.mindspore_quirks import addresses_of, assign_in_place, call_without_checks, eval_mode
 from local_attention.tokens import as_integers, check_range
 
 PREFILL_CHUNK = 256  # tokens of a prompt that one graph takes at once
 # Tokens from which on prefill is used. Compiling its graph takes as long as decoding 1,000 tokens in C++.
 PREFILL_THRESHOLD, PREFILL_THRESHOLD_WITH_KERNELS = 256, 1024
+FIRST_CAPACITY = 1024  # tokens for which the cache of global attention has slots at first, without learned positions
 STEPS_PER_CALL = 16  # 2.6 ms per token, one by one 4.7
 
 
@@ -38,7 +42,8 @@ class Session(ABC):
     kept = sys.maxsize  # how many tokens of the context a session remembers
 
     def __init__(self, model: DecodableModel, batch: int) -> None:
-        if model.num_tokens is None or not model.layers[0].attention.attention.causal:
+        attentions = [mha.attention for layer in model.layers for mha in layer.attentions()]
+        if model.num_tokens is None or not all(attention.causal for attention in attentions):
             raise ValueError("expected a causal model with num_tokens, as later tokens are decoded from earlier ones")
         self.model, self.batch, self.num_tokens = model, batch, model.num_tokens
         self.max_context = model.max_seq_len if model.use_abs_pos_emb else sys.maxsize
@@ -119,6 +124,9 @@ class Session(ABC):
 class DecodingSession(Session):
     """A :class:`Session` with a KV cache: each token costs the same, however long the sequences.
 
+    Except for global attention, whose cache is as long as the context: ``max_seq_len`` tokens with learned positions;
+    without them, it doubles when it is full, and the graphs are compiled again.
+
     Args:
         model, batch: see :class:`Session`.
         prefill_chunk: tokens that prefill takes at once.
@@ -151,21 +159,49 @@ class DecodingSession(Session):
         if prefill_threshold is None:
             decode_longer = self.use_kernels and self.max_context // 2 >= PREFILL_THRESHOLD_WITH_KERNELS
             prefill_threshold = PREFILL_THRESHOLD_WITH_KERNELS if decode_longer else PREFILL_THRESHOLD
-        self.global_cells, self.cache = decoding_cells(model, batch), KVCache(model, batch)
-        self.prefill_chunk, self.prefill_threshold = min(prefill_chunk, self.cache.max_chunk()), prefill_threshold
+        self.capacity = model.max_seq_len if model.use_abs_pos_emb else FIRST_CAPACITY
+        self.global_cells, self.caches = decoding_cells(model, batch), caches_of(model, batch, self.capacity)
+        self.prefill_chunk = min(prefill_chunk, *(cache.max_chunk() for cache in self.caches))
+        self.prefill_threshold = prefill_threshold
         self.steps_per_call, self.greedy = steps_per_call, sampling_rule(self.num_tokens, temperature=0)
         self.ngram_context = 1 if model.ngram_emb is None else model.ngram_emb.context
         if not model.use_abs_pos_emb:
             self.kept = self.ngram_context
         self.weights = list(model.get_parameters())
         of_model = {id(parameter) for parameter in self.weights}
-        of_global = [p for cell in self.global_cells for p in cell.get_parameters() if id(p) not in of_model]
-        self.state = [*self.cache.keys, *self.cache.values, *of_global]
-        self.nbytes = sum(parameter.nbytes for parameter in self.state)
+        self.of_global = [p for cell in self.global_cells for p in cell.get_parameters() if id(p) not in of_model]
         self.graphs: dict[int, nn.Cell] = {}  # by number of tokens per step, compiled when first needed
         self.addresses: list[int] = []
 
+    @property
+    def state(self) -> list[Parameter]:
+        """What the session keeps of earlier tokens."""
+        return [p for cache in self.caches for p in (*cache.keys, *cache.values)] + self.of_global
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.state)
+
+    def restore(self, state: Sequence[np.ndarray]) -> None:
+        """Give :attr:`state` the values that it had, here or in another session of the model, at this position."""
+        self.reserve(0)
+        arrays = iter(state)
+        for cache in self.caches:
+            cache.load(list(islice(arrays, 2 * len(cache.mhas))))
+        for parameter, array in zip(self.of_global, arrays):
+            assign_in_place(parameter, array)
+
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` more tokens in the caches of global attention."""
+        if any(cache.is_global for cache in self.caches) and self.position + count > self.capacity:
+            while self.position + count > self.capacity:
+                self.capacity *= 2
+            for cache in self.caches:
+                cache.grow(self.capacity)
+            self.graphs = {}
+
     def advance(self, tokens: np.ndarray) -> np.ndarray:
+        self.reserve(tokens.shape[1])
         use_prefill = tokens.shape[1] >= self.prefill_threshold and self.prefill_chunk > 1 and not self.global_cells
         most, logits = self.prefill_chunk if use_prefill else self.steps_per_call, []
         for i in range(0, tokens.shape[1], most):
@@ -177,13 +213,14 @@ class DecodingSession(Session):
         return np.concatenate(logits, 1)
 
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
+        self.reserve(min(tokens.shape[1], self.steps_per_call))
         return self.decode(tokens[:, : self.steps_per_call], uniforms[:, : self.steps_per_call], rule)[0]
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """The logits after each of ``tokens: (b, n)``, at most ``prefill_chunk`` of them, all at once."""
         chunk, count = self.prefill_chunk, tokens.shape[1]
         padded = np.pad(tokens, ((0, 0), (0, chunk - count)))
-        inputs = [array[0] for array in self.cache.step_inputs(self.position, 1, chunk, count)]
+        inputs = [array[0] for array in self.step_inputs(1, chunk, count)]
         return self.graph(chunk)(*map(Tensor, (padded, self.previous(), *inputs))).asnumpy()[:, :count]
 
     def decode(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> tuple[np.ndarray, np.ndarray]:
@@ -191,11 +228,18 @@ class DecodingSession(Session):
         count, steps = tokens.shape[1], self.steps_per_call
         padding = ((0, 0), (0, steps - count))
         given, uniforms = np.pad(tokens, padding).T, np.pad(uniforms, padding).T[..., None].astype(np.float32)
-        inputs = self.cache.step_inputs(self.position, steps, 1, 1)
+        inputs = self.step_inputs(steps, 1, 1)
         arguments = (np.array(count, np.int32), given, self.previous(), uniforms, *rule, *inputs)
         sampled, logits = self.graph(1)(*map(Tensor, arguments))
         # copies, because the next call overwrites the arrays
         return sampled.asnumpy()[:count].T.copy(), logits.asnumpy()[:count].transpose(1, 0, 2).copy()
+
+    def step_inputs(self, steps: int, count: int, kept: int) -> list[np.ndarray]:
+        """What :class:`DecodeStep` needs of the positions of ``steps`` steps, see :meth:`KVCache.step_inputs`."""
+        positions = self.position + np.arange(steps * count).reshape((steps, count))
+        positions = np.minimum(positions, self.model.max_seq_len - 1)  # padding may lie beyond the learned positions
+        inputs = [array for cache in self.caches for array in cache.step_inputs(self.position, steps, count, kept)]
+        return [positions.astype(np.int32), *inputs]
 
     def previous(self) -> np.ndarray:
         """1 + the last tokens of the context, for n-grams; 0 where there is none."""
@@ -210,7 +254,7 @@ class DecodingSession(Session):
         if addresses != self.addresses:
             self.graphs, self.addresses = {}, addresses
         if count not in self.graphs:
-            graph: nn.Cell = DecodeStep(self.model, self.cache, count, self.global_cells, self.use_kernels)
+            graph: nn.Cell = DecodeStep(self.model, self.caches, count, self.global_cells, self.use_kernels)
             if count == 1:
                 graph = DecodeLoop(graph, self.steps_per_call, self.num_tokens)
             self.graphs[count] = call_without_checks(graph)
@@ -239,10 +283,11 @@ class UncachedSession(Session):
 
 
 def decoding_cells(model: DecodableModel, batch: int) -> list[nn.Cell]:
-    """For each inserted global layer the cell that computes it token by token.
+    """For each inserted global layer, except :class:`GlobalAttention`, the cell that computes it token by token.
 
-    A ``global_attn_layer`` takes part in cached decoding if it has a method ``decoding_cell(batch)`` that returns a
-    cell ``(x: (b, 1, dim), position: (1,) int32) -> (b, 1, dim)`` for the next token. That cell keeps what it needs of
+    A ``global_attn_layer`` takes part in cached decoding if it is a :class:`GlobalAttention`, whose keys and values go
+    to a :class:`KVCache`, or has a method ``decoding_cell(batch)`` that returns a cell
+    ``(x: (b, 1, dim), position: (1,) int32) -> (b, 1, dim)`` for the next token. That cell keeps what it needs of
     earlier tokens in parameters of its own, and begins a new sequence at position 0.
 
     Raises:
@@ -250,11 +295,14 @@ def decoding_cells(model: DecodableModel, batch: int) -> list[nn.Cell]:
     """
     if not can_be_decoded(model):
         raise ValueError("expected a global_attn_layer with a method decoding_cell, see decoding_cells")
-    layers = [layer.global_attention for layer in model.layers]
-    return [layer.decoding_cell(batch) for layer in layers if layer is not None]
+    return [layer.decoding_cell(batch) for layer in inserted_cells(model)]
 
 
 def can_be_decoded(model: DecodableModel) -> bool:
-    """Whether all global layers of the model, if any, have :func:`decoding_cells`."""
-    layers = [layer.global_attention for layer in model.layers]
-    return all(layer is None or hasattr(layer, "decoding_cell") for layer in layers)
+    """Whether all global layers of the model, if any, can be decoded, see :func:`decoding_cells`."""
+    return all(hasattr(cell, "decoding_cell") for cell in inserted_cells(model))
+
+
+def inserted_cells(model: DecodableModel) -> list[Any]:
+    cells = [layer.global_attention for layer in model.layers]
+    return [cell for cell in cells if cell is not None and not isinstance(cell, MultiHeadAttention)]

@@ -1,5 +1,7 @@
 """One decode step, and the loop that decodes several tokens per call, as compiled graphs."""
 
+from collections.abc import Sequence
+
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -7,9 +9,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from local_attention.backends import can_compute, choose_backend
 from local_attention.backends.cached import CachedMHA
 from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
-from local_attention.decoding.cache import KVCache
+from local_attention.decoding.cache import KVCache, StepInputs
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler
+
+INPUTS = len(StepInputs._fields)
 
 
 class DecodeStep(nn.Cell):
@@ -17,39 +21,70 @@ class DecodeStep(nn.Cell):
 
     Args:
         model: a causal model with tokens.
-        cache: the :class:`KVCache`.
+        caches: each :class:`KVCache` of the model, see :func:`decoding.cache.caches_of`.
         count: tokens per sequence and call.
         global_cells: the :func:`decoding_cells` of the model.
         kernels: whether layers may be computed by the operators in C++.
     """
 
-    def __init__(self, model: DecodableModel, cache: KVCache, count: int, global_cells: list, kernels: bool) -> None:
+    def __init__(
+        self, model: DecodableModel, caches: Sequence[KVCache], count: int, global_cells: list, kernels: bool
+    ) -> None:
         super().__init__(auto_prefix=False)
-        self.model, self.batch, self.count, self.slots_per_row = model, cache.batch, count, cache.length + 1
+        self.model, self.batch, self.count = model, caches[0].batch, count
+        # of the caches that hold what local attention sees, as the dynamic position bias is for its windows alone
+        self.biased_slots = tuple(0 if cache.is_global else cache.length + 1 for cache in caches)
+        cached = {
+            id(mha): (1 + i, keys, values)
+            for i, cache in enumerate(caches)
+            for mha, keys, values in zip(cache.mhas, cache.keys, cache.values)
+        }
         operator = CachedMHAOperator if count == 1 else PrefillMHAOperator
         backends = [operator, CachedMHA] if kernels else [CachedMHA]
         remaining = iter(global_cells)
-        layers = []
-        for layer, keys, values in zip(model.layers, cache.keys, cache.values):
-            attention = choose_backend(backends, layer.attention)(layer.attention, keys, values)
+        layers, inputs_of_layers = [], []
+
+        def with_cache(mha: nn.Cell) -> tuple[nn.Cell, int]:
+            inputs, keys, values = cached[id(mha)]
+            return choose_backend(backends, mha)(mha, keys, values), inputs
+
+        for layer in model.layers:
+            attention, of_attention = with_cache(layer.attention)
             feed_forward = layer.feed_forward
             if kernels and count == 1 and can_compute(FeedForwardOperator, feed_forward):
                 feed_forward = FeedForwardOperator(feed_forward)
-            global_attention = next(remaining) if layer.global_attention is not None else None
+            global_attention, of_global = None, 0
+            if id(layer.global_attention) in cached:
+                global_attention, of_global = with_cache(layer.global_attention)
+            elif layer.global_attention is not None:
+                global_attention = next(remaining)
             layers.append(layer.with_branches(attention, feed_forward, global_attention))
+            inputs_of_layers.append((of_attention, of_global))
+        self.inputs_of_layers = tuple(inputs_of_layers)
         self.layers = nn.CellList(layers, auto_prefix=False)
 
-    def construct(self, tokens, previous, positions, slots, mask, rotation, distances, decay):
+    def construct(self, tokens, previous, positions, *step_inputs):
         """One step, for ``tokens: (b, count)`` int32; returns ``(b, count, num_tokens)``.
 
-        ``previous: (b, max_ngram - 1)`` int32 is 1 + the tokens before these, for n-grams, 0 where there is none; the
-        other arguments are a :class:`StepInputs`, of one step.
+        Args:
+            tokens: ``(b, count)`` int32.
+            previous: ``(b, max_ngram - 1)`` int32, 1 + the tokens before these, for n-grams; 0 where there is none.
+            positions: ``(count,)`` int32, for learned positions.
+            step_inputs: the :class:`StepInputs` of one step, of each cache, one behind the other.
         """
-        bias = self.model.distance_bias(distances, self.slots_per_row)
-        if bias is not None:
-            mask = mask + ops.cat((bias,) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
+        return self.step(tokens, previous, positions, step_inputs)
+
+    def step(self, tokens, previous, positions, step_inputs):
+        """:meth:`construct`; a method, as MindSpore 2.10 never frees a cell that calls another with *step_inputs."""
+        inputs = ((positions,),)
+        for i, biased_slots in enumerate(self.biased_slots):
+            slots, mask, rotation, distances, decay = step_inputs[INPUTS * i : INPUTS * (i + 1)]
+            bias = self.model.distance_bias(distances, biased_slots) if biased_slots > 0 else None
+            if bias is not None:
+                mask = mask + ops.cat((bias,) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
+            inputs = inputs + ((slots, mask, rotation, decay),)
         x = self.model.embed_next(tokens, previous, positions)
-        return self.model.logits(self.model.run_layers(self.layers, x, (slots, mask, rotation, decay), (positions,)))
+        return self.model.logits(self.model.run_layers(self.layers, x, inputs, self.inputs_of_layers))
 
 
 class DecodeLoop(nn.Cell):
@@ -79,7 +114,7 @@ class DecodeLoop(nn.Cell):
             previous: see :class:`DecodeStep`.
             uniforms: ``(max_steps, b, 1)`` float32, a random number from [0, 1) for each token to sample.
             inverse_temperature, …: a :class:`SamplingRule`.
-            inputs: a :class:`StepInputs`.
+            inputs: the positions, and the :class:`StepInputs` of each cache.
 
         Returns:
             ``(max_steps, b)`` sampled tokens and ``(max_steps, b, num_tokens)`` logits; ``count`` are of this call.
@@ -90,11 +125,9 @@ class DecodeLoop(nn.Cell):
             step_inputs = ()
             for stacked in inputs:
                 step_inputs = step_inputs + (ops.gather(stacked, i, 0),)
-            # MindSpore 2.10 never frees a cell that makes a call with *step_inputs in a loop
-            positions, slots, mask, rotation, distances, decay = step_inputs
             tokens = ops.gather(given, i, 0)
             tokens = ops.select(tokens < 0, sampled, tokens).reshape((-1, 1))
-            logits = self.step(tokens, previous, positions, slots, mask, rotation, distances, decay)
+            logits = self.step.step(tokens, previous, step_inputs[0], step_inputs[1:])
             if self.use_ngrams:
                 previous = ops.cat((previous, 1 + tokens), 1)[:, 1:]
             logits = logits.reshape((self.step.batch, -1))

@@ -23,7 +23,7 @@ from local_attention.options import (
     LanguageModelOptions,
     LocalTransformerOptions,
     MaxSeqLen,
-    WindowSize,
+    WindowSizes,
     first_problem,
 )
 from local_attention.training.errors import UsageError
@@ -88,7 +88,7 @@ class ModelConfig(LanguageModelOptions):
     ] = 1024
     dim: Dim = 512
     depth: Depth = 6
-    local_attn_window_size: WindowSize = 256
+    local_attn_window_size: WindowSizes = 256
     exact_windowsize: ExactWindowSize = True
 
 
@@ -276,12 +276,13 @@ def check_run(run: RunConfig) -> None:
     model, train = run.model, run.train
     if train.max_steps is None and train.max_minutes is None:
         raise UsageError("expected train.max_steps or train.max_minutes, got null for both: the run would never end")
-    if train.seq_len % model.local_attn_window_size:
-        raise UsageError(
-            f"train.seq_len={train.seq_len} is not a multiple of model.local_attn_window_size="
-            f"{model.local_attn_window_size}: change one of them"
-        )
     check_model(model)
+    for number, window in enumerate(model.per_layer("local_attn_window_size"), 1):
+        if not model.is_global(number) and train.seq_len % window:
+            raise UsageError(
+                f"train.seq_len={train.seq_len} is not a multiple of model.local_attn_window_size={window}: change one "
+                "of them"
+            )
     if model.use_abs_pos_emb and model.max_seq_len < train.seq_len:
         advice = "lower train.seq_len" if run.init_from else "raise it, or use model.use_abs_pos_emb=false"
         raise UsageError(
@@ -317,20 +318,21 @@ def fill_from_initial(config: RunConfig, meta: Mapping[str, Any], overrides: Ite
 def check_model(model: ModelConfig) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
     try:
-        attention = LocalTransformerOptions(**as_dict(model)).mha().attention()
+        options = LocalTransformerOptions(**as_dict(model))
+        attentions = [options.mha(number).attention() for number in range(1, model.depth + 1)]
     except ValidationError as error:
         name, expected, value = first_problem(error)
         raise UsageError(f"model.{name}={value}: expected {expected}" if name else f"model: {expected}") from None
-    if model.use_xpos and not attention.use_rotary_pos_emb:
+    if model.use_xpos and not attentions[0].use_rotary_pos_emb:
         raise UsageError(
             "model.use_xpos=true is for rotary embeddings, which model.use_rotary_pos_emb=false and "
             "model.use_dynamic_pos_bias=true turn off: use one or the other"
         )
     if model.xpos_scale_base is not None and not model.use_xpos:
         raise UsageError(f"model.xpos_scale_base={model.xpos_scale_base} needs model.use_xpos=true")
-    if model.use_xpos:
-        scale_base = model.xpos_scale_base or max(model.local_attn_window_size // 2, 1)
-        span = model.local_attn_window_size * (model.look_backward + 1)
+    for attention in attentions if model.use_xpos else []:
+        scale_base = model.xpos_scale_base or max(attention.window_size // 2, 1)
+        span = attention.window_size * (attention.look_backward + 1)
         least = span / 110  # the decay over half the span is 3.5 ** 55 = 8e29 then; the library refuses 1e30
         if scale_base < least:
             raise UsageError(

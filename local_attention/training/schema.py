@@ -97,18 +97,21 @@ class Key(NamedTuple):
     kind: str  # a type of JSON Schema: "integer", "number", "boolean", "string", …
     names: str  # the allowed texts, such as "adam, adamw, muon"; empty: any
     bounds: str  # such as ">= 0 and < 1"; empty: none
+    or_list: bool  # whether it may also be a list of one value per layer
     optional: bool  # whether it may be null
     help: str
 
     @property
     def allowed(self) -> str:
-        return self.names or self.bounds
+        return (self.names or self.bounds) + ", or a list of one per layer" * self.or_list
 
     @property
     def expected(self) -> str:
         """Such as ``"a number >= 0 and < 1, or null"``."""
         kinds = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+        kinds["array"] = "a list of whole numbers"
         what = f"one of {self.names}" if self.names else f"{kinds.get(self.kind, self.kind)} {self.bounds}".strip()
+        what += ", or a list of one per layer" * self.or_list
         return f"{what}, or null" if self.optional else what
 
 
@@ -127,11 +130,14 @@ def _keys_in(schema: type, described: dict[str, Any], groups: dict[str, Any], pr
             continue
         kinds = entry.get("anyOf", [entry])
         kind = next(kind for kind in kinds if kind.get("type") != "null")
+        optional, or_list = len(kinds) > 1, "oneOf" in kind
+        kind, *_ = kind.get("oneOf", [kind])
         names = ", ".join(kind.get("enum", [kind["const"]] if "const" in kind else []))
         signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
         bounds = " and ".join(f"{sign} {kind[bound]}" for bound, sign in signs.items() if bound in kind)
         help = entry.get("description") or kind.get("description", "")
-        keys[prefix + field.name] = Key(field.default, kind.get("type", "any"), names, bounds, len(kinds) > 1, help)
+        kind_name = kind.get("type", "any")
+        keys[prefix + field.name] = Key(field.default, kind_name, names, bounds, or_list, optional, help)
     return keys
 
 

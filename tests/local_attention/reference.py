@@ -161,12 +161,19 @@ def hyper_connection(branch, x, p, name=""):
 
 
 def layers(x, p, *, depth, streams=1, global_attention=None, inserted=(), **mha_options):
-    """The hidden state ``(b, n, dim)`` behind ``depth`` layers; ``global_attention(x, p, name)`` goes before some."""
-    if any(name.startswith("dynamic_pos_bias") for name in p):
-        window, back = mha_options["window_size"], mha_options.get("look_backward", 1)
-        span = window * (back + 1 + mha_options.get("look_forward", 0))
-        distance = abs(back * window + np.arange(window)[:, None] - np.arange(span))
-        mha_options["attn_bias"] = position_bias(distance, p, "dynamic_pos_bias.")
+    """The hidden state ``(b, n, dim)`` behind ``depth`` layers; ``global_attention(x, p, name)`` goes before some.
+
+    ``window_size`` and ``look_backward`` may be lists of one number per layer.
+    """
+
+    def of_layer(i):
+        options = {name: value[i] if isinstance(value, list) else value for name, value in mha_options.items()}
+        if any(name.startswith("dynamic_pos_bias") for name in p):
+            window, back = options["window_size"], options.get("look_backward", 1)
+            span = window * (back + 1 + options.get("look_forward", 0))
+            distance = abs(back * window + np.arange(window)[:, None] - np.arange(span))
+            options["attn_bias"] = position_bias(distance, p, "dynamic_pos_bias.")
+        return options
 
     def connect(branch, x, name):
         if streams == 1:
@@ -184,7 +191,7 @@ def layers(x, p, *, depth, streams=1, global_attention=None, inserted=(), **mha_
                 f"{layer}global_connection.",
             )
         x = connect(
-            lambda x, layer=layer: mha(x, p, f"{layer}attention.", prenorm=True, **mha_options),
+            lambda x, layer=layer, i=i: mha(x, p, f"{layer}attention.", prenorm=True, **of_layer(i)),
             x,
             f"{layer}attention_connection.",
         )

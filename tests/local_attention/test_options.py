@@ -8,17 +8,30 @@ from dataclasses import MISSING
 import numpy as np
 import pytest
 
-from local_attention import LocalAttention, LocalMHA, LocalTransformer
-from local_attention.options import LocalAttentionOptions, LocalMHAOptions, LocalTransformerOptions, accepts
+from local_attention import GlobalAttention, LocalAttention, LocalMHA, LocalTransformer
+from local_attention.options import (
+    WHOLE_SEQUENCE,
+    GlobalAttentionOptions,
+    LocalAttentionOptions,
+    LocalMHAOptions,
+    LocalTransformerOptions,
+    accepts,
+)
 from local_attention.training.schema import keys_of, markdown_table
 
 SCHEMAS = {
     LocalAttentionOptions: dict(window_size=4),
     LocalMHAOptions: dict(dim=8, window_size=4),
+    GlobalAttentionOptions: dict(dim=8),
     LocalTransformerOptions: dict(num_tokens=8, max_seq_len=16, dim=8, depth=2),
 }
 DECLARED = [(schema, name) for schema in SCHEMAS for name in keys_of(schema)]
-CELLS = {LocalAttention: LocalAttentionOptions, LocalMHA: LocalMHAOptions, LocalTransformer: LocalTransformerOptions}
+CELLS = {
+    LocalAttention: LocalAttentionOptions,
+    LocalMHA: LocalMHAOptions,
+    GlobalAttention: GlobalAttentionOptions,
+    LocalTransformer: LocalTransformerOptions,
+}
 
 
 def identity(value):
@@ -57,7 +70,7 @@ def test_an_option_means_the_same_wherever_it_is_declared():
     declared = {}
     for schema, name in DECLARED:
         if (schema.__name__, name) not in own:
-            option = keys_of(schema)[name]._replace(default=None)
+            option = keys_of(schema)[name]._replace(default=None, or_list=False)
             assert declared.setdefault(name, option) == option, name
 
 
@@ -133,6 +146,27 @@ def test_a_constructor_that_accepts_options_shows_them():
             dict(global_attn_layer="a cell", layers_insert_global_attn=(0, 3)),
             r"from 1 to depth = 2, got \(0, 3\)",
         ),
+        (
+            LocalTransformerOptions,
+            dict(local_attn_window_size=[4, 8, 16]),
+            r"local_attn_window_size to be a number, or a list of depth = 2 numbers, got 3: \[4, 8, 16\]",
+        ),
+        (
+            LocalTransformerOptions,
+            dict(global_attn_layers=[3]),
+            r"global_attn_layers from 1 to depth = 2, .* got \[3\]",
+        ),
+        (LocalTransformerOptions, dict(global_attn_layers=[0]), "1"),
+        (LocalTransformerOptions, dict(global_attn_layers=[2, 2]), r"each once, got \[2, 2\]"),
+        (LocalTransformerOptions, dict(global_attn_layers=[1], use_xpos=True), "use_xpos=False, which is for windows"),
+        (
+            LocalTransformerOptions,
+            dict(global_attn_layers=[1], use_dynamic_pos_bias=True),
+            "use_dynamic_pos_bias=False",
+        ),
+        (GlobalAttentionOptions, dict(qk_rmsnorm=True, scale=0.5), "expected qk_scale instead of scale .* 0.5"),
+        (GlobalAttentionOptions, dict(dim_head=5), "an even head size, got dim_head = 5"),
+        (LocalTransformerOptions, dict(look_backward=[]), r"look_backward to be .* depth = 2 numbers, got 0: \[\]"),
     ],
     ids=str,
 )
@@ -144,7 +178,7 @@ def test_options_that_do_not_go_together_are_refused(schema, options, message):
 @pytest.mark.parametrize("options", [dict(use_rotary_pos_emb=False), dict(use_dynamic_pos_bias=True)], ids=str)
 def test_an_odd_head_is_fine_without_rotary_embeddings(options):
     model = LocalTransformerOptions(**SCHEMAS[LocalTransformerOptions], dim_head=5, **options)
-    assert not model.mha().attention().use_rotary_pos_emb
+    assert not model.mha(1).attention().use_rotary_pos_emb
 
 
 def test_the_options_of_a_model_reach_its_attention():
@@ -153,11 +187,48 @@ def test_the_options_of_a_model_reach_its_attention():
         **dict(look_forward=3, attn_dropout=0.1, use_xpos=True, xpos_scale_base=7.0, qk_rmsnorm=True, qk_scale=9),
         **dict(shared_qk=True, exact_windowsize=False, heads=3, dim_head=4, gate_values_per_head=True),
     )
-    mha, attention = model.mha(), model.mha().attention()
+    mha, attention = model.mha(1), model.mha(1).attention()
     assert (mha.dim, mha.heads, mha.prenorm, mha.gate_values_per_head) == (8, 3, True, True)
     assert attention == LocalAttentionOptions(
         *(6, False, 2, 3, 0.1, True, None, 4, True, False, 9, True, True, 7.0)  # in the order of the constructor
     )
+
+
+def test_the_options_of_a_model_reach_its_global_attention():
+    model = LocalTransformerOptions(
+        **SCHEMAS[LocalTransformerOptions] | dict(global_attn_layers=[2], look_backward=2, attn_dropout=0.1, heads=3),
+        **dict(dim_head=4, qk_rmsnorm=True, qk_scale=9, shared_qk=True, gate_values_per_head=True),
+        **dict(use_rotary_pos_emb=False),
+    )
+    assert [model.is_global(number) for number in (1, 2)] == [False, True]
+    assert model.global_attention() == GlobalAttentionOptions(
+        **dict(dim=8, heads=3, dim_head=4, causal=True, dropout=0.1, prenorm=True, qk_rmsnorm=True, qk_scale=9),
+        **dict(shared_qk=True, gate_values_per_head=True, use_rotary_pos_emb=False),
+    )
+    attention = model.global_attention().attention()
+    assert (attention.window_size, attention.look_backward, attention.look_forward) == (WHOLE_SEQUENCE, 0, 0)
+
+
+def test_windows_are_those_of_each_layer():
+    model = LocalTransformerOptions(
+        **SCHEMAS[LocalTransformerOptions], local_attn_window_size=(4, 6), look_backward=[0, 2]
+    )
+    attentions = [model.mha(number).attention() for number in (1, 2)]
+    assert [(attention.window_size, attention.look_backward) for attention in attentions] == [(4, 0), (6, 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([4, 0], "expected local_attn_window_size >= 1, got 0"),
+        ([4, "a"], "expected local_attn_window_size a whole number, got 'a'"),
+        (0, "expected local_attn_window_size >= 1, got 0"),
+        (None, "expected local_attn_window_size a whole number, got None"),
+    ],
+)
+def test_a_wrong_number_of_a_layer_is_refused_as_one_of_all_layers(value, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        LocalTransformer(**SCHEMAS[LocalTransformerOptions], local_attn_window_size=value)
 
 
 def test_attention_of_several_heads_is_exact_and_scaled_by_default_as_the_original():

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from mindspore import amp, nn, ops
 
-from local_attention import LocalMHA, LocalTransformer
+from local_attention import GlobalAttention, LocalMHA, LocalTransformer
 from tests.local_attention import reference
 from tests.local_attention.cells import (
     Loss,
@@ -67,6 +68,14 @@ WANTED = dict(depth=2, heads=2, rotary=True, window_size=3, causal=True, exact_w
             dict(use_dynamic_pos_bias=True, causal=False, look_backward=0),
             dict(rotary=False, causal=False, look_forward=1, look_backward=0),
         ),
+        (dict(local_attn_window_size=[2, 5], look_backward=[2, 0]), dict(window_size=[2, 5], look_backward=[2, 0])),
+        (dict(local_attn_window_size=[2, 5], use_xpos=True), dict(window_size=[2, 5], xpos_scale_base=[1, 2])),
+        (
+            dict(local_attn_window_size=[2, 2, 4], depth=3, use_dynamic_pos_bias=True),
+            dict(window_size=[2, 2, 4], depth=3, rotary=False),
+        ),
+        (dict(global_attn_layers=[2]), dict(window_size=[3, 24], look_backward=[1, 0])),
+        (dict(global_attn_layers=[1, 2], causal=False), dict(window_size=24, look_backward=0, causal=False)),
         (dict(num_residual_streams=2), dict(streams=2)),
         (dict(num_residual_streams=3, use_dynamic_pos_bias=True), dict(streams=3, rotary=False)),
     ],
@@ -85,7 +94,10 @@ def test_the_logits_are_those_of_the_definition(options, wanted, rng):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (dict(num_residual_streams=2, use_dynamic_pos_bias=True), dict(streams=2, rotary=False)),
+        (
+            dict(num_residual_streams=2, use_dynamic_pos_bias=True, local_attn_window_size=[3, 2]),
+            dict(streams=2, rotary=False, window_size=[3, 2]),
+        ),
         pytest.param({}, {}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -151,6 +163,18 @@ def test_a_global_layer_goes_before_the_attention_of_the_layers_named(mode, laye
     x = tokens(rng, 2, 7)
     wanted = WANTED | dict(streams=streams, global_attention=global_average, inserted=inserted)
     np.testing.assert_allclose(run(model, x), reference.transformer(x, p, **wanted), atol=2e-5)
+
+
+def test_a_mask_hides_tokens_from_global_attention(rng):
+    """Both from that which replaces local attention and from that which is inserted before it."""
+    inserted = GlobalAttention(dim=6, heads=3, dim_head=2, causal=True)
+    model, p = transformer(global_attn_layers=[1], global_attn_layer=inserted, layers_insert_global_attn=[2])
+    x, mask = tokens(rng, 2, 10), rng.random((2, 10)) < 0.6
+    whole = dict(window_size=24, look_backward=0, causal=True, rotary=True, mask=mask)
+    wanted = WANTED | dict(window_size=[24, 3], look_backward=[0, 1], mask=mask, inserted=[2])
+    wanted["global_attention"] = partial(reference.mha, heads=3, prenorm=False, **whole)
+    logits = model(tensor(x), mask=ms.Tensor(mask)).asnumpy()
+    np.testing.assert_allclose(logits, reference.transformer(x, p, **wanted), atol=2e-5)
 
 
 def test_each_layer_has_a_fresh_copy_of_the_global_layer():

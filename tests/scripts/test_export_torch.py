@@ -76,6 +76,12 @@ def test_pytorch_computes_the_same_logits(run, tmp_path, capsys, options):
     np.testing.assert_allclose(logits(model), theirs(torch.from_numpy(TOKENS)).detach().numpy(), atol=1e-4)
 
 
+def test_a_list_of_equal_windows_is_one_window_in_the_original(run, tmp_path, capsys):
+    export(tmp_path, f"run={run(local_attn_window_size=[4, 4], look_backward=[2, 2])}")
+    arguments = arguments_of(capsys.readouterr().out)
+    assert (arguments["local_attn_window_size"], arguments["look_backward"]) == (4, 2)
+
+
 def test_a_checkpoint_file_needs_no_run(run, tmp_path):
     assert export(tmp_path, f"checkpoint={run()}/checkpoints/step-00000007.safetensors")
 
@@ -90,6 +96,12 @@ def test_a_checkpoint_file_needs_no_run(run, tmp_path):
             dict(use_dynamic_pos_bias=True, look_backward=2),
             "model.look_backward=2 with use_dynamic_pos_bias=True",
         ),
+        (
+            dict(local_attn_window_size=[4, 8]),
+            "model.local_attn_window_size=[4, 8]: in the original, it is the same in all layers",
+        ),
+        (dict(global_attn_layers=[2]), "model.global_attn_layers=[2]: the original has no global attention"),
+        (dict(look_backward=[1, 2]), "model.look_backward=[1, 2]: in the original, it is the same in all layers"),
     ],
     ids=str,
 )

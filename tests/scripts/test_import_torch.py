@@ -34,6 +34,7 @@ INFERRED = [  # options that are inferred from a state dict
 GIVEN = [  # options that must be given
     dict(local_attn_window_size=4),
     dict(look_backward=2, exact_windowsize=False),
+    dict(look_backward=[2, 2]),
     dict(use_xpos=True, xpos_scale_base=5.0),
     dict(qk_rmsnorm=True, qk_scale=3.0),
     dict(shared_qk=True),
@@ -302,6 +303,9 @@ def test_weights_of_something_else_are_refused_naming_what_was_looked_for(weight
         ([WINDOW, "model.look_backward=-1"], "model.look_backward=-1: expected a whole number >= 0"),
         ([WINDOW, "model.scale=0.1", "model.use_xpos=abc"], "model.use_xpos=abc: expected true or false"),
         ([WINDOW, "model.xpos_scale_base=9"], "model.xpos_scale_base=9.0 needs model.use_xpos=true"),
+        (["model.local_attn_window_size=[4,8]"], "local_attn_window_size=[4, 8]: in the original"),
+        ([WINDOW, "model.global_attn_layers=[1]"], "global_attn_layers=[1]: the original has no global attention"),
+        (["model.local_attn_window_size=[4]"], "model: expected local_attn_window_size to be a number, or a list of"),
         ([WINDOW, "model.use_rotary_pos_emb=false"], "use_rotary_pos_emb=False: the original has no model"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else "",

@@ -120,7 +120,7 @@ def explanation(override):
     [
         ("model=huge", "model=huge: expected one of base, small, tiny"),
         ("optimizer=sgd", "optimizer=sgd: expected one of "),
-        ("experiment=nothing", "experiment=nothing: expected one of cpu_10min, enwik8_base, quickstart"),
+        ("experiment=nothing", "experiment=nothing: expected one of cpu_10min, enwik8_12l, enwik8_base, quickstart"),
         ("train.seqlen=5", "train.seqlen: no such key; did you mean train.seq_len?"),
         ("seq_len=5", "seq_len: no such key; did you mean train.seq_len?"),
         ("model.windowsize=5", "model.windowsize: no such key; did you mean model.exact_windowsize?"),

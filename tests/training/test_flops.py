@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from local_attention import LocalAttention
+from local_attention import GlobalAttention, LocalAttention
 from local_attention.training.flops import flops_per_byte, visible_keys
 from tests.training.toys import tiny_transformer
 
@@ -35,6 +35,21 @@ def test_the_operations_of_a_byte_are_those_of_weights_and_scores():
     weights = 2 * (4 * 16 * inner + 3 * 16 * feed_forward) + 16 * 256
     keys = (sum(range(1, 9)) + 8 * 9) / 16  # a sequence of 16 bytes, a window of 8 and the byte itself
     assert flops_per_byte(model, 16) == 6 * weights + 2 * 12 * inner * keys
+
+
+def test_a_query_of_global_attention_sees_half_of_the_sequence_on_average():
+    attention = GlobalAttention(dim=8, causal=True).attention
+    assert visible_keys(attention, 1000) == 1001 / 2
+    inserted = tiny_transformer(global_attn_layer=GlobalAttention(dim=16, heads=3, dim_head=4, causal=True))
+    more = flops_per_byte(inserted, 16) - flops_per_byte(tiny_transformer(), 16)
+    assert more == 6 * 4 * 16 * 12 + 12 * 12 * 17 / 2
+
+
+def test_each_layer_sees_the_keys_of_its_own_windows():
+    windows, model = [8, 2, 4], tiny_transformer(depth=3, local_attn_window_size=[8, 2, 4])
+    alone = [flops_per_byte(tiny_transformer(local_attn_window_size=window), 16) for window in windows]
+    logits = 6 * 16 * 256  # which a model has once
+    assert flops_per_byte(model, 16) == sum(alone) - 2 * logits
 
 
 def test_tables_of_embeddings_take_no_operations_but_their_projection_does():

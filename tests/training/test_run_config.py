@@ -227,6 +227,38 @@ def test_a_sequence_is_whole_windows(checked):
     assert checked("train", train__seq_len=1000, model__local_attn_window_size=250)
 
 
+def test_layers_may_have_windows_of_their_own(checked):
+    windows = [32, 64, 64, 128, 128, 256]
+    assert checked("train", model__local_attn_window_size=windows).model.local_attn_window_size == windows
+    message = message_of(checked, "train", model__local_attn_window_size=[32, 100, 64, 128, 128, 256])
+    assert "train.seq_len=1024 is not a multiple of model.local_attn_window_size=100" in message
+    message = message_of(checked, "train", model__local_attn_window_size=[32, 64])
+    assert message == (
+        "model: expected local_attn_window_size to be a number, or a list of depth = 6 numbers, got 2: [32, 64]"
+    )
+    message = message_of(checked, "train", model__look_backward=[1, 1, 1, 1, 1, -1])
+    assert message == "model.look_backward=-1: expected a whole number >= 0, or a list of one per layer"
+
+
+def test_layers_may_be_global(checked):
+    layers = dict(model__global_attn_layers=[6])
+    assert checked("train", **layers).model.global_attn_layers == [6]
+    checked("train", model__local_attn_window_size=[32, 64, 64, 128, 128, 100], **layers)  # it has no windows
+    message = message_of(checked, "train", model__global_attn_layers=[7])
+    assert message == "model: expected global_attn_layers from 1 to depth = 6, each once, got [7]"
+    message = message_of(checked, "train", model__global_attn_layers=[0])
+    assert message == "model.global_attn_layers=0: expected a list of whole numbers, or null"
+    message = message_of(checked, "train", model__use_xpos=True, **layers)
+    assert message == "model: expected use_xpos=False, which is for windows, with global_attn_layers = [6]"
+
+
+def test_the_decay_of_xpos_is_checked_in_each_layer(checked):
+    windows = dict(model__local_attn_window_size=[4, 4, 4, 4, 4, 512], model__use_xpos=True)
+    message = message_of(checked, "train", model__xpos_scale_base=3, **windows)
+    assert "with the base 3 overflows over 1024 bytes" in message and "use model.xpos_scale_base=10" in message
+    assert checked("train", **windows)
+
+
 def test_rotary_embeddings_need_an_even_head(checked):
     message = message_of(checked, "train", model__dim_head=7)
     assert message.startswith("model: rotary embeddings need an even head size, got dim_head = 7")

@@ -1,7 +1,5 @@
 """Decoding by a single backend, without a model around it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 
 from local_attention.decoding.cache import KVCache
@@ -10,8 +8,7 @@ from tests.local_attention.cells import tensor
 
 def decode(backend, mha, x, count=1):
     """The outputs of ``x: (b, n, dim)``, ``count`` tokens per step, through a KV cache of their own."""
-    model = SimpleNamespace(layers=[SimpleNamespace(attention=mha)], max_seq_len=x.shape[1])
-    cache = KVCache(model, len(x))
+    cache = KVCache([mha], len(x))
     cell, steps = backend(mha, cache.keys[0], cache.values[0]), x.shape[1] // count
     inputs, outputs = cache.step_inputs(0, steps, count, count), []
     for i in range(steps):

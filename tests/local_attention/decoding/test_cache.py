@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from local_attention.decoding import DecodingSession, KVCache, cache_length
+from local_attention.decoding import DecodingSession, cache_length
+from local_attention.decoding.cache import caches_of
 from local_attention.masks import MASK_VALUE
 from tests.local_attention import reference
 from tests.local_attention.models import sequences, transformer
@@ -18,7 +19,7 @@ LENGTHS = [
 @pytest.mark.parametrize(("options", "length"), LENGTHS, ids=str)
 def test_the_size_of_the_cache_depends_on_the_window_alone(options, length):
     model = transformer(max_seq_len=1000, **options)
-    cache = KVCache(model, 3)
+    (cache,) = caches_of(model, 3)
     assert cache_length(model.layers[0].attention.attention) == cache.length == length
     # with the slot that no query sees
     assert [p.shape for p in (*cache.keys, *cache.values)] == [(3 * 2 * (length + 1), 4)] * 2
@@ -37,7 +38,7 @@ def test_the_cache_does_not_grow_with_the_sequence():
 def test_what_is_in_the_cache_is_visible_as_the_definition_says(options, length, count):
     """Follow which position each slot holds, and compare the mask of each step with the definition."""
     model = transformer(**options)
-    cache = KVCache(model, 1)
+    (cache,) = caches_of(model, 1)
     steps = 6
     rule = dict(window_size=3, causal=True, exact_windowsize=True, look_backward=1) | options
     seen = reference.visibility(steps * count, **rule)
@@ -57,11 +58,13 @@ def test_what_is_in_the_cache_is_visible_as_the_definition_says(options, length,
 
 
 def test_padding_of_a_chunk_is_not_kept():
-    cache = KVCache(transformer(), 1)
+    (cache,) = caches_of(transformer(), 1)
     inputs = cache.step_inputs(5, 1, 6, 2)
     # of each head: the slots of the tokens at positions 5 and 6, then four times the slot that no query sees
     assert inputs.slots[0].tolist() == [1, 2, 4, 4, 4, 4, 6, 7, 9, 9, 9, 9]
 
 
 def test_positions_of_padding_stay_within_the_learned_ones():
-    assert KVCache(transformer(max_seq_len=8), 1).step_inputs(6, 1, 4, 2).positions.tolist() == [[6, 7, 7, 7]]
+    session = DecodingSession(transformer(max_seq_len=8))
+    session.position = 6
+    assert session.step_inputs(1, 4, 2)[0].tolist() == [[6, 7, 7, 7]]

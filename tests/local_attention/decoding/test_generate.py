@@ -82,9 +82,21 @@ def test_the_prompt_matters_and_may_be_a_single_token():
     assert (generated(prompt=[3, 4], temperature=0) != generated(prompt=[5, 9], temperature=0)).any()
 
 
-@pytest.mark.parametrize("options", [{}, dict(exact_windowsize=False, use_abs_pos_emb=False)], ids=["exact", "whole"])
-def test_greedy_tokens_are_those_of_the_full_pass(options):
-    model, prompt = transformer(seed=1, **options), [3, 1, 4]
+MIXED = dict(depth=3, local_attn_window_size=[2, 3, 5], global_attn_layers=[3])
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [
+        ({}, 1),
+        (dict(exact_windowsize=False, use_abs_pos_emb=False), 1),
+        (MIXED, 3),
+        (dict(use_abs_pos_emb=False, **MIXED), 1),
+    ],
+    ids=["exact", "whole", "mixed", "mixed, without positions"],
+)
+def test_greedy_tokens_are_those_of_the_full_pass(options, seed):
+    model, prompt = transformer(seed=seed, **options), [3, 1, 4]
     greedy = [int(token) for (token,) in generate_tokens(DecodingSession(model), prompt, 15, temperature=0)]
     most_likely = run(model, [[*prompt, *greedy]])[0, 2:-1].argmax(-1)
     assert greedy == most_likely.tolist()

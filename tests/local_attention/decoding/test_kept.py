@@ -72,7 +72,7 @@ def test_a_session_that_is_dropped_is_freed_with_its_graph_and_so_is_the_model(m
     model = transformer()
     model.generate(sequences(1, 2), 1)
     session = kept_session(model, 1)
-    dropped = [ref(session), ref(session.graphs[1]), ref(session.cache)]
+    dropped = [ref(session), ref(session.graphs[1]), ref(session.caches[0])]
     del session
     kept_session(model, 2)
     gc.collect()
@@ -130,6 +130,20 @@ def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels, monkey
         other = np.concatenate([x[:, :6], sequences(2, 2, seed=seed)], 1)
         np.testing.assert_allclose(model(tensor(other), cache=cache).asnumpy(), run(model, other)[:, 6:], atol=1e-4)
     assert session.position == 8
+
+
+@in_a_graph
+def test_a_cache_of_global_attention_may_be_used_after_the_session_has_grown(mode, monkeypatch):
+    monkeypatch.setattr("local_attention.decoding.session.FIRST_CAPACITY", 8)
+    model, x = transformer(depth=2, global_attn_layers=[2], use_abs_pos_emb=False), sequences(2, 20)
+    full = run(model, x)
+    _, small = model(tensor(x[:, :7]), return_cache=True)
+    logits, large = model(tensor(x[:, :18]), cache=small, return_cache=True)
+    np.testing.assert_allclose(logits.asnumpy(), full[:, 7:18], atol=1e-4)
+    np.testing.assert_allclose(model(tensor(x[:, :9]), cache=small).asnumpy(), full[:, 7:9], atol=1e-4)
+    vars(model)["_decoding_sessions"].clear()  # a new session begins with a small cache
+    np.testing.assert_allclose(model(tensor(x), cache=large).asnumpy(), full[:, 18:], atol=1e-4)
+    assert kept_session(model, 2).capacity == 32
 
 
 def test_a_cache_outlives_the_length_of_learned_positions():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from local_attention import LocalTransformer
+from local_attention import GlobalAttention, LocalTransformer
 from local_attention.decoding import DecodingSession, UncachedSession
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.options import LocalTransformerOptions
@@ -54,6 +54,13 @@ CONFIGURATIONS = {
     "much at once": dict(
         use_xpos=True, qk_rmsnorm=True, shared_qk=True, gate_values_per_head=True, num_residual_streams=2, depth=2
     ),
+    "windows of layers": dict(depth=4, local_attn_window_size=[2, 3, 3, 5], look_backward=[1, 0, 2, 1]),
+    "windows of layers, xPos alone": dict(depth=2, local_attn_window_size=[2, 5], use_xpos=True, use_abs_pos_emb=False),
+    "windows of layers, dynamic bias": dict(
+        depth=2, local_attn_window_size=[3, 2], look_backward=[1, 2], use_dynamic_pos_bias=True
+    ),
+    "a global layer on top": dict(depth=2, global_attn_layers=[2], qk_rmsnorm=True, gate_values_per_head=True),
+    "global layers alone": dict(depth=2, global_attn_layers=[1, 2], use_abs_pos_emb=False, shared_qk=True),
     "odd heads": dict(heads=3, dim_head=3, use_rotary_pos_emb=False),
 }
 
@@ -105,16 +112,16 @@ def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
     40,
     options=st.fixed_dictionaries(
         dict(
-            depth=st.integers(1, 2),
             heads=st.integers(1, 3),
             dim_head=st.sampled_from([2, 6]),
-            local_attn_window_size=st.integers(1, 5),
+            local_attn_window_size=st.lists(st.integers(1, 5), min_size=1, max_size=3),
             look_backward=st.integers(0, 2),
             exact_windowsize=st.booleans(),
             use_abs_pos_emb=st.booleans(),
             use_rotary_pos_emb=st.booleans(),
             use_xpos=st.booleans(),
             use_dynamic_pos_bias=st.booleans(),
+            is_global=st.lists(st.booleans(), min_size=3, max_size=3),
             qk_rmsnorm=st.booleans(),
             shared_qk=st.booleans(),
             gate_values_per_head=st.booleans(),
@@ -130,7 +137,11 @@ def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
     use_kernels=st.sampled_from([None, False]),
 )
 def test_cached_logits_equal_the_full_pass_for_any_configuration(options, batch, chunk, lengths, use_kernels):
-    length = min(max(4 * options["local_attn_window_size"] + 2, sum(lengths)), 32)
+    options |= dict(depth=len(options["local_attn_window_size"]))
+    is_global = options.pop("is_global")[: options["depth"]]
+    if not (options["use_xpos"] or options["use_dynamic_pos_bias"]):
+        options["global_attn_layers"] = [number for number, of_layer in enumerate(is_global, 1) if of_layer]
+    length = min(max(4 * max(options["local_attn_window_size"]) + 2, sum(lengths)), 32)
     lengths = np.diff(np.minimum([0, *np.cumsum(lengths), length], length))
     pieces = dict(prefill_chunk=chunk, prefill_threshold=2)
     model, x = transformer(**options), sequences(batch, length)
@@ -346,6 +357,61 @@ def test_a_global_layer_with_a_decoding_cell_takes_part_in_the_cache(mode, optio
     session.feed(sequences(2, 5, seed=3))
     session.reset()
     np.testing.assert_allclose(feed_in_pieces(session, x, (5, 3)), run(model, x), atol=1e-4)
+
+
+INSERTED = [
+    (dict(heads=3, dim_head=2), dict(use_dynamic_pos_bias=True)),
+    (
+        dict(heads=2, dim_head=4, prenorm=True),
+        dict(use_xpos=True, use_abs_pos_emb=False, layers_insert_global_attn=[2]),
+    ),
+    (dict(heads=1, use_rotary_pos_emb=False), dict(num_residual_streams=2, global_attn_layers=[1])),
+]
+
+
+@with_and_without_kernels
+@pytest.mark.parametrize(("inserted", "options"), INSERTED, ids=str)
+def test_inserted_global_attention_is_decoded_with_a_cache(inserted, options, use_kernels):
+    pieces = dict(prefill_chunk=4, prefill_threshold=6, steps_per_call=3)
+    layer = GlobalAttention(dim=6, causal=True, **inserted)
+    model = transformer(depth=2, local_attn_window_size=[2, 3], global_attn_layer=layer, **options)
+    session = assert_cached_equals_full(model, sequences(2, 14), (1, 6, 5, 2), use_kernels=use_kernels, **pieces)
+    assert set(session.graphs) == {1, 4}
+
+
+@pytest.mark.parametrize("options", [dict(global_attn_layers=[2]), dict(global_attn_layer="inserted")], ids=str)
+def test_without_learned_positions_the_cache_of_global_attention_doubles_when_it_is_full(options, monkeypatch):
+    monkeypatch.setattr("local_attention.decoding.session.FIRST_CAPACITY", 4)
+    if "global_attn_layer" in options:
+        options = dict(global_attn_layer=GlobalAttention(dim=6, heads=2, dim_head=2, causal=True))
+    model, capacities = transformer(depth=2, use_abs_pos_emb=False, max_seq_len=3, **options), []
+    session = DecodingSession(model, 2, prefill_chunk=4, prefill_threshold=6, steps_per_call=3)
+    x, full = sequences(2, 40), []
+    for piece in np.split(x, [4, 5, 13, 17], 1):
+        full.append(session.feed(piece))
+        capacities.append(session.capacity)
+    assert capacities == [4, 8, 16, 32, 64]
+    assert sorted((of_layers.length, of_layers.is_global) for of_layers in session.caches) == [
+        *[(4, False)] * (len(session.caches) - 1),
+        (64, True),
+    ]
+    np.testing.assert_allclose(np.concatenate(full, 1), run(model, x), atol=1e-4)
+    session.reset()  # the cache stays as it is
+    np.testing.assert_allclose(session.feed(x[:, ::-1]), run(model, x[:, ::-1]), atol=1e-4)
+    assert session.capacity == 64
+
+
+def test_with_learned_positions_the_cache_of_global_attention_is_as_long_as_they_are():
+    session = DecodingSession(transformer(depth=2, global_attn_layers=[1]))
+    assert sorted(of_layers.length for of_layers in session.caches) == [4, 32]
+    session.feed(sequences(1, 40))
+    assert sorted(of_layers.length for of_layers in session.caches) == [4, 32]
+
+
+@pytest.mark.parametrize("session", [DecodingSession, UncachedSession])
+def test_inserted_global_attention_that_sees_later_tokens_makes_a_model_that_cannot_be_decoded(session):
+    with pytest.raises(ValueError, match="causal model with num_tokens"):
+        session(transformer(global_attn_layer=GlobalAttention(dim=6)), 1)
 
 
 def test_a_global_layer_without_one_is_refused():

@@ -3,7 +3,7 @@ import pytest
 
 from local_attention.backends.cached import CachedMHA
 from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOperator, PrefillMHAOperator
-from local_attention.decoding.cache import KVCache
+from local_attention.decoding.cache import caches_of
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.decoding.step import DecodeLoop, DecodeStep
 from local_attention.layers import FeedForward
@@ -12,8 +12,8 @@ from tests.local_attention.models import needs_kernels, sequences, transformer, 
 
 
 def decode_step(model, count=1, use_kernels=False):
-    cache = KVCache(model, 2)
-    return DecodeStep(model, cache, count, [], use_kernels), cache
+    (cache,) = caches = caches_of(model, 2)
+    return DecodeStep(model, caches, count, [], use_kernels), cache
 
 
 @with_and_without_kernels
@@ -25,7 +25,8 @@ def test_a_step_gives_the_logits_after_each_of_its_tokens(count, use_kernels):
     full = run(model, x)
     for i in range(3):
         tokens, previous = tensor(x[:, i * count : (i + 1) * count]), tensor(np.zeros((2, 1), int))
-        logits = step(tokens, previous, *(tensor(array[i]) for array in inputs)).asnumpy()
+        positions = tensor(np.arange(i * count, (i + 1) * count))
+        logits = step(tokens, previous, positions, *(tensor(array[i]) for array in inputs)).asnumpy()
         np.testing.assert_allclose(logits, full[:, i * count : (i + 1) * count], atol=1e-4)
 
 
@@ -54,6 +55,7 @@ def test_a_loop_decodes_given_tokens_and_where_there_is_none_the_one_it_sampled_
         tensor(np.zeros((2, 1), int)),
         tensor(np.zeros((7, 2, 1))),
         *map(tensor, sampling_rule(11, temperature=0)),
+        tensor(np.arange(7)[:, None]),
         *map(tensor, cache.step_inputs(0, 7, 1, 1)),
     )
     sampled, logits = sampled.asnumpy(), logits.asnumpy()
