@@ -11,6 +11,8 @@ from einops._backends import AbstractBackend
 from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
 from mindspore import Parameter, Tensor, nn, ops
 
+from local_attention.precision import TypedCell
+
 # The base class by which einops finds a backend; private in einops 0.8.
 EinopsBackend = AbstractBackend
 
@@ -67,7 +69,7 @@ def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> N
     vars(cell)[name] = parameter
 
 
-class GradientByHand(nn.Cell):
+class GradientByHand(TypedCell):
     """The base of a cell with a ``bprop``; its forward pass is that of another cell, which has none.
 
     In graphs ``Cell.recompute`` knows the operators of the backward pass by the name of their scope, which MindSpore

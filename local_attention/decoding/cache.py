@@ -9,6 +9,7 @@ from mindspore import Parameter, Tensor
 from local_attention.decoding.interface import DecodableModel
 from local_attention.local_attention import LocalAttention
 from local_attention.masks import MaskSpec, to_additive_mask, visible
+from local_attention.precision import numpy_type
 from local_attention.rotary import rotary_angles, xpos_decay
 
 
@@ -19,18 +20,23 @@ def cache_length(attention: LocalAttention) -> int:
 
 
 class StepInputs(NamedTuple):
-    """What decode steps need of positions: arrays with an axis of steps in front."""
+    """What decode steps need of positions: arrays with an axis of steps in front.
+
+    Those without a type here are float64 for a model that computes in it, else float32.
+    """
 
     positions: np.ndarray  # (count,) int32, for learned positions
     slots: np.ndarray  # (b * heads * count,) int32, the rows of the cache that take the new keys and values
-    mask: np.ndarray  # (1, count, span) float32, additive, for the cache's keys; and for a count > 1 the new ones
-    rotation: np.ndarray  # (4, b * heads * count, d) float32: cosines and sines for queries (scaled) and for keys
+    mask: np.ndarray  # (1, count, span) additive, for the cache's keys; and for a count > 1 the new ones
+    rotation: np.ndarray  # (4, b * heads * count, d): cosines and sines for queries (scaled) and for keys
     distances: np.ndarray  # (count * span,) int32, tokens from each key to each query, for the dynamic bias
-    decay: np.ndarray  # (1, span, d) float32, the xPos decay of the keys
+    decay: np.ndarray  # (1, span, d), the xPos decay of the keys
 
 
 class KVCache:
     """Keys and values of all layers: ``keys[i]`` and ``values[i]`` are Parameters ``(b * heads * (length + 1), d)``.
+
+    They have the type that the model computes in.
 
     A circular buffer of ``length`` slots per head: a token's slot is its position modulo ``length``. One more slot,
     which no query sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores
@@ -46,11 +52,13 @@ class KVCache:
         self.attention, self.batch, self.max_position = mha.attention, batch, model.max_seq_len - 1
         self.rows, self.d = batch * mha.heads, mha.dim_head
         self.length = cache_length(self.attention)
+        self.dtype, self.number = model.dtype, numpy_type(model.dtype)  # the latter of what is computed for each step
         zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
 
         def parameters(name: str) -> ms.ParameterTuple:
             return ms.ParameterTuple(
-                Parameter(Tensor(zeros), name=f"{name}.{i}", requires_grad=False) for i in range(len(model.layers))
+                Parameter(Tensor(zeros, self.dtype), name=f"{name}.{i}", requires_grad=False)
+                for i in range(len(model.layers))
             )
 
         self.keys, self.values = parameters("cached_keys"), parameters("cached_values")
@@ -91,10 +99,10 @@ class KVCache:
             # padding may lie beyond the learned positions
             np.minimum(positions, self.max_position).astype(np.int32),
             slots.reshape((steps, -1)).astype(np.int32),
-            mask[:, None].astype(np.float32),
-            rotation.reshape((steps, 4, -1, d)).astype(np.float32),
+            mask[:, None].astype(self.number),
+            rotation.reshape((steps, 4, -1, d)).astype(self.number),
             np.clip(distances, 0, length).reshape((steps, -1)).astype(np.int32),
-            decay[:, None].astype(np.float32),
+            decay[:, None].astype(self.number),
         )
 
     def max_chunk(self) -> int:

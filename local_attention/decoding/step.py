@@ -10,6 +10,7 @@ from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOp
 from local_attention.decoding.cache import KVCache
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler
+from local_attention.precision import cast
 
 
 class DecodeStep(nn.Cell):
@@ -40,16 +41,17 @@ class DecodeStep(nn.Cell):
         self.layers = nn.CellList(layers, auto_prefix=False)
 
     def construct(self, tokens, previous, positions, slots, mask, rotation, distances, decay):
-        """One step, for ``tokens: (b, count)`` int32; returns ``(b, count, num_tokens)``.
+        """One step, for ``tokens: (b, count)`` int32; returns ``(b, count, num_tokens)`` float32.
 
         ``previous: (b, max_ngram - 1)`` int32 is 1 + the tokens before these, for n-grams, 0 where there is none; the
         other arguments are a :class:`StepInputs`, of one step.
         """
         bias = self.model.distance_bias(distances, self.slots_per_row)
         if bias is not None:
-            mask = mask + ops.cat((bias,) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
+            mask = mask + ops.cat((cast(bias, mask.dtype),) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
         x = self.model.embed_next(tokens, previous, positions)
-        return self.model.logits(self.model.run_layers(self.layers, x, (slots, mask, rotation, decay), (positions,)))
+        hidden = self.model.run_layers(self.layers, x, (slots, mask, rotation, decay), (positions,))
+        return cast(self.model.logits(hidden), ms.float32)
 
 
 class DecodeLoop(nn.Cell):
