@@ -13,8 +13,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
-from local_attention.mindspore_quirks import attach_hidden_parameter
-from local_attention.precision import TypedCell, cast
+from local_attention.mindspore_quirks import TypedCell, attach_hidden_parameter
+from local_attention.precision import cast
 
 _numbers = count()  # the parameters of a graph need different names
 

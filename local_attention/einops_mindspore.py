@@ -14,8 +14,7 @@ from einops import EinopsError
 from mindspore import ops
 from mindspore.ops import constexpr
 
-from local_attention.mindspore_quirks import EinopsBackend, einops_steps
-from local_attention.precision import TypedCell
+from local_attention.mindspore_quirks import EinopsBackend, TypedCell, einops_steps
 
 MAX_PARTS = 64  # up to this many pieces, one Split and one Concat kernel are faster than Transpose
 MIN_TAIL = 16  # with fewer columns than this, products with ones are small, many, and need much memory for the ones

@@ -6,8 +6,8 @@ from mindspore import Parameter, nn, ops
 
 from local_attention.constants import shared_cell
 from local_attention.layers import AddBias
-from local_attention.mindspore_quirks import tanh
-from local_attention.precision import TypedCell, cast, widen
+from local_attention.mindspore_quirks import TypedCell, tanh
+from local_attention.precision import cast, widen
 
 
 class HyperConnection(TypedCell):

@@ -6,8 +6,8 @@ from mindspore.common.initializer import initializer
 
 from local_attention.constants import shared_cell
 from local_attention.layers import Product, dense
+from local_attention.mindspore_quirks import TypedCell
 from local_attention.options import MAX_NGRAM_BUCKETS
-from local_attention.precision import TypedCell
 
 # Hashes stay below 2**31: (2**18 - 1) * FACTOR + num_tokens. A prime, so that the earliest tokens still count.
 FACTOR = 8167

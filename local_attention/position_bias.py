@@ -4,7 +4,8 @@ import numpy as np
 from mindspore import nn, ops
 
 from local_attention.constants import shared_constant
-from local_attention.precision import TypedCell, cast
+from local_attention.mindspore_quirks import TypedCell
+from local_attention.precision import cast
 
 
 @shared_constant

@@ -7,8 +7,6 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
-from mindspore._c_expression import MixedPrecisionType
 from mindspore.ops import constexpr
 
 FLOATS = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
@@ -58,28 +56,3 @@ def require_computable(dtype: Any) -> Any:
 
 
 checked_type = constexpr(require_computable)  # for graphs
-
-_FLAGS = {"fp16": ms.float16, "bf16": ms.bfloat16, "fp32": ms.float32}
-
-
-class TypedCell(nn.Cell):
-    """A cell whose ``to_float`` says what to compute in, and which casts by itself.
-
-    MindSpore marks each cell within instead, shared ones included, and casts what every operator gets, so that no sum
-    could be in float32.
-    """
-
-    compute_type = None  # set by ``to_float``; None: that of the inputs
-
-    def add_flags(self, **flags: Any) -> nn.Cell:
-        """As ``Cell.add_flags``; those that ``to_float`` gives are kept as ``compute_type``."""
-        for name in _FLAGS.keys() & flags.keys():
-            if flags.pop(name):
-                self.compute_type = require_computable(_FLAGS[name])
-                self.compile_cache.clear()  # of graphs in another type
-                self.mixed_precision_type = MixedPrecisionType.NOTSET  # ends that of cells around this one
-        return super().add_flags(**flags) if flags else self
-
-    def typed(self, x):
-        """An input in the type to compute in."""
-        return x if self.compute_type is None else cast(x, self.compute_type)

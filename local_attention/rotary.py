@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import ops
 
 from local_attention.constants import shared_constant
-from local_attention.precision import TypedCell, cast, constant
+from local_attention.mindspore_quirks import TypedCell
+from local_attention.precision import cast, constant
 
 
 def rotary_angles(positions, dim, theta=10000.0):

@@ -6,8 +6,8 @@ from local_attention.blocks import block_layout, look_around, split_into_blocks
 from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, key_mask, query_key_mask, sees_a_key, window_bias, window_mask
-from local_attention.mindspore_quirks import GradientByHand
-from local_attention.precision import TypedCell, cast, wide_type, widen
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
+from local_attention.precision import cast, wide_type, widen
 
 
 class BlockedAttention(TypedCell):

@@ -9,8 +9,7 @@ from mindspore import nn, ops
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.kernels import OperatorCell, operator, training_kernels_run
 from local_attention.masks import MaskSpec
-from local_attention.mindspore_quirks import GradientByHand
-from local_attention.precision import TypedCell
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
 from local_attention.rotary import rotary_angles, xpos_decay
 
 # Of xPos, in units of its base: over half the span the decay is 3.5 ** 55, or 8e29.

@@ -14,7 +14,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn, ops
 
-from local_attention.precision import TypedCell
+from local_attention.mindspore_quirks import TypedCell
 
 
 @cache
