@@ -24,7 +24,7 @@ def times_or_zero(factor, tensor):
 
 
 class LanguageModelLoss(nn.Cell):
-    """The mean cross-entropy in nats of the last ``n`` bytes of sequences ``(b, n + 1)``, times a loss scale, if any."""
+    """The mean cross-entropy in nats of the last ``n`` bytes of sequences ``(b, n + 1)``, times any loss scale."""
 
     def __init__(self, model: nn.Cell, loss_scaler: DynamicLossScaler | None = None) -> None:
         super().__init__(auto_prefix=False)
