@@ -22,8 +22,8 @@ def main(config: GenerateConfig) -> int | None:
     file, stop = config.prompt_file, unescape(config.stop or "")
     prompt = b"".join(compression.chunks(file)) if file else os.fsencode(config.prompt)
     path = checkpoint_of(config.run, config.checkpoint)
-    use_device(config.device.target)
-    model, meta = load_model(path)
+    use_device(config.device.target, config.device.precision)
+    model, meta = load_model(path, config.device.precision)
     print(f"{path}, step {meta['step']:,}", file=sys.stderr)
 
     # The samples are generated as one batch. The first is printed while it grows, the others when they are complete.

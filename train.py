@@ -19,7 +19,7 @@ def main(config: RunConfig) -> int | None:
     from local_attention.training.errors import RunError
     from local_attention.training.evaluate import Evaluator, eval_span
     from local_attention.training.flops import flops_per_byte
-    from local_attention.training.optimizer import build_optimizer
+    from local_attention.training.optimizer import build_optimizer, loss_scaler
     from local_attention.training.run_log import log_to_terminal
     from local_attention.training.signals import SignalCheck, StopOnSignal
     from local_attention.training.state import RunState
@@ -28,7 +28,7 @@ def main(config: RunConfig) -> int | None:
 
     hydra = HydraConfig.get()
     log_to_terminal()
-    use_device(config.device.target)
+    use_device(config.device.target, config.train.precision)
     distributed = init_distributed(config.parallel)  # a single process, unless msrun has started several
 
     # Find out where the run writes and what it starts from.
@@ -44,8 +44,9 @@ def main(config: RunConfig) -> int | None:
 
     # Build the model, its optimizer and the train step.
     distributed.set_seed(config.seed)
-    model = build_model(config.model)
-    optimizer = build_optimizer(config.optimizer, model.trainable_params())
+    model = build_model(config.model, train.precision)
+    scaler = loss_scaler(train.precision, train.loss_scale)
+    optimizer = build_optimizer(config.optimizer, model.trainable_params(), scaler)
     step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm, distributed.world_size)
     evaluator = Evaluator(model, train.seq_len, train.batch_size, distributed)
 

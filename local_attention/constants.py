@@ -30,6 +30,8 @@ _kept: dict[tuple, Any] = {}
 def shared_constant(build):
     """Decorate ``build(*hashable) -> array or tuple of arrays`` so that it gives tensors, also inside ``construct``.
 
+    Those whose type depends on what is computed in are made by :func:`precision.constant`.
+
     The same arguments give the same tensor object, so all layers of a model share one copy of a large table.
     """
 
@@ -49,7 +51,7 @@ def shared_constant(build):
 
 
 def _tensor(array):
-    return ms.Tensor(np.ascontiguousarray(array))
+    return array if isinstance(array, ms.Tensor) else ms.Tensor(np.ascontiguousarray(array))
 
 
 def _bytes(constant):

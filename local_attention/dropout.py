@@ -13,7 +13,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from local_attention.constants import shared_constant
-from local_attention.mindspore_quirks import attach_hidden_parameter
+from local_attention.mindspore_quirks import TypedCell, attach_hidden_parameter
+from local_attention.precision import cast
 
 _numbers = count()  # the parameters of a graph need different names
 
@@ -25,7 +26,7 @@ def dropout_cell(rate: float) -> "Dropout | None":
     return Dropout(rate) if rate else None
 
 
-class Dropout(nn.Cell):
+class Dropout(TypedCell):
     """In training, sets elements to 0 with probability ``rate`` and divides the others by ``1 - rate``.
 
     (Srivastava et al. 2014, JMLR 15.) MindSpore's kernels draw from a generator whose state cannot be read or set. Here
@@ -64,17 +65,17 @@ class Dropout(nn.Cell):
 
     def construct(self, x):
         """``x: (..., d)``, at least two axes."""
-        return x * self.mask(x.shape) if self.training else x
+        return x * self.mask(x.shape, x.dtype) if self.training else x
 
-    def mask(self, shape):
-        """The factors of the next tensor of this shape: 0 or ``1 / (1 - rate)``."""
-        return self.mask_of(self.next_call(), shape)
+    def mask(self, shape, dtype):
+        """The factors of the next tensor of this shape and type: 0 or ``1 / (1 - rate)``."""
+        return self.mask_of(self.next_call(), shape, dtype)
 
     def next_call(self):
         """Count one more call. Returns what :meth:`mask_of` makes its mask of, which can be made again."""
         return self.seed + ops.assign_add(self.calls, Tensor(1, ms.int32))
 
-    def mask_of(self, call, shape):
+    def mask_of(self, call, shape, dtype):
         """The factors of a call, see :meth:`next_call`."""
         rows, columns = _rows_and_columns(shape)
         key = self.hash(call)
@@ -83,7 +84,7 @@ class Dropout(nn.Cell):
         a, b = numbers[: 4 * rows].reshape((rows, 4)) * 256, numbers[4 * rows :].reshape((4, columns))
         products = self.matmul(a, b)
         kept = self.floor(products - self.floor(products) + self.kept)
-        return ops.stop_gradient(kept * self.scale).reshape(shape)
+        return cast(ops.stop_gradient(kept * self.scale), dtype).reshape(shape)
 
     def hash(self, x):
         """A pseudorandom function of ``x: (n,)`` int32: MurmurHash3's mixing with other constants (Wellons 2018)."""
@@ -118,7 +119,7 @@ def set_dropout_step(model: nn.Cell, calls: int) -> None:
         dropout.set_call(calls)
 
 
-class Recomputable(nn.Cell):
+class Recomputable(TypedCell):
     """A cell whose ``recompute`` does eagerly what it does in a graph: the same dropout masks, tensors in tuples."""
 
     def recompute(self, **options: Any) -> None:

@@ -11,10 +11,10 @@ from math import prod
 
 import mindspore as ms
 from einops import EinopsError
-from mindspore import nn, ops
+from mindspore import ops
 from mindspore.ops import constexpr
 
-from local_attention.mindspore_quirks import EinopsBackend, einops_steps
+from local_attention.mindspore_quirks import EinopsBackend, TypedCell, einops_steps
 
 MAX_PARTS = 64  # up to this many pieces, one Split and one Concat kernel are faster than Transpose
 MIN_TAIL = 16  # with fewer columns than this, products with ones are small, many, and need much memory for the ones
@@ -174,7 +174,7 @@ def _plan(operation, pattern, axes, shape, dtype):
     return split, tuple(reduced), permutation, expanded, repeats if added else (), tuple(final)
 
 
-class _Transformation(nn.Cell):
+class _Transformation(TypedCell):
     """The base of the three cells: follows the plan for the shape of the input."""
 
     def __init__(self, operation, pattern, axes):

@@ -40,7 +40,7 @@ class GlobalAttention(MultiHeadAttention):
         """Attend.
 
         Args:
-            x: ``(b, n, dim)`` float32.
+            x: ``(b, n, dim)`` of any floating type.
             mask: ``(b, n)`` booleans, True where a token may be seen.
 
         Returns:

@@ -6,10 +6,11 @@ from mindspore import Parameter, nn, ops
 
 from local_attention.constants import shared_cell
 from local_attention.layers import AddBias
-from local_attention.mindspore_quirks import tanh
+from local_attention.mindspore_quirks import TypedCell, tanh
+from local_attention.precision import cast, widen
 
 
-class HyperConnection(nn.Cell):
+class HyperConnection(TypedCell):
     """The connection of a branch to ``streams`` residual streams, by learned weights that depend on them.
 
     Dynamic hyper-connections with RMSNorm (Zhu et al. 2024, arXiv 2409.19606, section 2.3 and appendix J, algorithm 2).
@@ -43,18 +44,19 @@ class HyperConnection(nn.Cell):
     def weights(self, x):
         """``x: (rows, s, d)`` to alpha ``(rows, s, 1 + s)``, from stream to branch and streams, and beta ``(rows, s)``.
 
-        The norm's scale is folded into the small matrix, its division into the products, which are narrow.
+        The norm's scale is folded into the small matrix, its division into the products, which are narrow. Computed in
+        at least float32.
         """
-        rows, s, d = x.shape
-        x = x.reshape((rows * s, d))
+        dtype, (rows, s, d) = x.dtype, x.shape
+        x = widen(x).reshape((rows * s, d))
         matrix = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape((d, 1))), 1)
         matrix = matrix * ((self.gamma + 1) * d**0.5).reshape((d, 1))
         length = ops.rsqrt(ops.maximum(self.matmul(x * x, ops.ones((d, 1), x.dtype)), 1e-24))
-        dynamic = tanh(self.matmul(x, matrix) * length)
+        dynamic = tanh(self.matmul(x, cast(matrix, x.dtype)) * length)
         alpha = (dynamic[:, : s + 1] * self.dynamic_alpha_scale).reshape((rows, s * (s + 1)))
         alpha = self.add_bias(alpha, self.static_alpha.reshape(-1)).reshape((rows, s, s + 1))
         beta = (dynamic[:, s + 1] * self.dynamic_beta_scale).reshape((rows, s))
-        return alpha, self.add_bias(beta, self.static_beta)
+        return cast(alpha, dtype), cast(self.add_bias(beta, self.static_beta), dtype)
 
     def pre(self, x):
         """The input of a branch, ``(rows, d)``, the mixed streams and beta, from the streams ``x: (rows, s, d)``."""
@@ -67,7 +69,7 @@ class HyperConnection(nn.Cell):
         return mixed + self.mix(beta.reshape((-1, self.streams, 1)), out.reshape((-1, 1, self.dim)))
 
 
-class Residual(nn.Cell):
+class Residual(TypedCell):
     """The plain residual connection, in the same two steps: ``x: (rows, d)``."""
 
     def pre(self, x):

@@ -14,11 +14,12 @@ from mindspore.common.initializer import HeUniform, initializer
 
 from local_attention.backends import can_compute
 from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedNormLinear
-from local_attention.constants import shared_cell
+from local_attention.constants import shared_cell, shared_constant
 from local_attention.dropout import Recomputable, dropout_cell
 from local_attention.kernels import training_kernels_run
-from local_attention.mindspore_quirks import GradientByHand
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
 from local_attention.options import FeedForwardOptions, accepts
+from local_attention.precision import cast, constant, widen
 
 # Applies a function to each of many tensors. A loop over them nests the graph one level deeper per tensor, and a list
 # comprehension becomes dozens of functions: with this map instead, 12 layers compile in 9 s and not in 20.
@@ -30,8 +31,20 @@ def dense(dim_in: int, dim_out: int) -> nn.Dense:
     return nn.Dense(dim_in, dim_out, weight_init=HeUniform(math.sqrt(5)), has_bias=False)
 
 
-class AddBiasForward(nn.Cell):
-    """``x + bias`` over rows."""
+class Product(TypedCell):
+    """A linear layer without bias: the weight is cast to the type of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matmul_nt = ops.MatMul(transpose_b=True)
+
+    def construct(self, x, weight):
+        """``x: (rows, dim_in)``, ``weight: (dim_out, dim_in)``, returns ``(rows, dim_out)``."""
+        return self.matmul_nt(x, cast(weight, x.dtype))
+
+
+class AddBiasForward(TypedCell):
+    """``x + bias`` over rows, in their type."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +52,7 @@ class AddBiasForward(nn.Cell):
 
     def construct(self, x, bias):
         """``x: (rows, d)``, ``bias: (d,)``."""
-        return self.bias_add(x, bias)
+        return self.bias_add(x, cast(bias, x.dtype))
 
 
 class AddBias(GradientByHand, AddBiasForward):
@@ -49,35 +62,46 @@ class AddBias(GradientByHand, AddBiasForward):
         super().__init__(AddBiasForward())
 
     def bprop(self, x, bias, out, grad):
-        return grad, self.matmul(ops.ones((1, grad.shape[0]), grad.dtype), grad).reshape(-1)
+        rows = widen(grad)
+        sums = self.matmul(ops.ones((1, rows.shape[0]), rows.dtype), rows).reshape(-1)
+        return grad, cast(sums, bias.dtype)
 
 
-class StandardiseForward(nn.Cell):
+@shared_constant
+def mean_column(dim, dtype):
+    return constant(np.full((dim, 1), 1 / dim), dtype)
+
+
+@shared_constant
+def ones_row(dim, dtype):
+    return constant(np.ones((1, dim)), dtype)
+
+
+class StandardiseForward(TypedCell):
     """``(x - mean) / sqrt(variance + 1e-5)`` of rows: LayerNorm (Ba et al. 2016, arXiv 1607.06450), no affine map."""
 
-    def __init__(self, dim):
+    def __init__(self):
         super().__init__()
-        self.mean_column = ms.Tensor(np.full((dim, 1), 1 / dim, np.float32))
-        self.ones_row = ms.Tensor(np.ones((1, dim), np.float32))
         self.matmul, self.rsqrt = ops.MatMul(), ops.Rsqrt()
 
     def mean(self, x):
-        return self.matmul(self.matmul(x, self.mean_column), self.ones_row)
+        dim = x.shape[1]
+        return self.matmul(self.matmul(x, mean_column(dim, x.dtype)), ones_row(dim, x.dtype))
 
     def centre_and_scale(self, x):
-        centred = x - self.mean(x)
-        variance = self.matmul(centred * centred, self.mean_column)
-        return centred, self.matmul(self.rsqrt(variance + 1e-5), self.ones_row)
+        dim, centred = x.shape[1], x - self.mean(x)
+        variance = self.matmul(centred * centred, mean_column(dim, x.dtype))
+        return centred, self.matmul(self.rsqrt(variance + 1e-5), ones_row(dim, x.dtype))
 
     def construct(self, x):
-        """``x: (rows, dim)``."""
+        """``x: (rows, dim)`` float32 or float64."""
         centred, scale = self.centre_and_scale(x)
         return centred * scale
 
 
 class Standardise(GradientByHand, StandardiseForward):
-    def __init__(self, dim):
-        super().__init__(StandardiseForward(dim), dim)
+    def __init__(self):
+        super().__init__(StandardiseForward())
 
     def bprop(self, x, out, grad):
         _, scale = self.centre_and_scale(x)
@@ -89,7 +113,7 @@ class Standardise(GradientByHand, StandardiseForward):
 FEW_ROWS = 64
 
 
-class LayerNorm(nn.Cell):
+class LayerNorm(TypedCell):
     """LayerNorm whose affine map is folded into the weights of the linear layers after it.
 
     ``(x_hat * gamma + beta) Wᵀ = x_hat (W * gamma)ᵀ + beta Wᵀ``, with ``x_hat`` the standardised rows.
@@ -103,32 +127,36 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.gamma = Parameter(initializer("ones", (1, dim), ms.float32), name="gamma")
         self.beta = Parameter(initializer("zeros", (1, dim), ms.float32), name="beta")
-        self.standardise, self.layer_norm = shared_cell(Standardise, dim), ops.LayerNorm(2, 1, 1e-5)
-        self.matmul, self.matmul_nt = ops.MatMul(), ops.MatMul(transpose_b=True)
+        self.standardise, self.layer_norm = shared_cell(Standardise), ops.LayerNorm(2, 1, 1e-5)
+        self.matmul, self.product = ops.MatMul(), shared_cell(Product)
         self.add_bias = shared_cell(AddBias)
         self.fused = shared_cell(FusedNormLinear, outputs) if training_kernels_run(self) else None
 
     def construct(self, x, weights):
         """Normalise ``x: (rows, dim)`` and multiply by each of ``weights``, all ``(d, dim)``, to ``(rows, d)``."""
         if x.shape[0] <= FEW_ROWS:
-            x = self.layer_norm(x.reshape((-1, 1, x.shape[1])), self.gamma, self.beta)[0].reshape(x.shape)
-            return tree_map(ops.partial(self.matmul_nt, x), weights)
-        if self.fused is not None and x.dtype == ms.float32:
+            rows = widen(x).reshape((-1, 1, x.shape[1]))
+            rows = self.layer_norm(rows, cast(self.gamma, rows.dtype), cast(self.beta, rows.dtype))[0]
+            return tree_map(ops.partial(self.product, cast(rows.reshape(x.shape), x.dtype)), weights)
+        if self.fused is not None and x.dtype == self.gamma.dtype == ms.float32:
             products = self.fused(x, self.gamma, self.beta, weights)
             return (products,) if len(weights) == 1 else products
-        return tree_map(ops.partial(self.multiply, self.standardise(x)), weights)
+        return tree_map(ops.partial(self.multiply, cast(self.standardise(widen(x)), x.dtype)), weights)
 
     def multiply(self, x, weight):
         """Standardised rows, after the affine map, times a weight."""
         if x.shape[0] < weight.shape[0]:  # few rows, as in decoding: the map of the rows is cheaper
-            return self.matmul_nt(x * self.gamma + self.beta, weight)
+            return self.product(x * cast(self.gamma, x.dtype) + cast(self.beta, x.dtype), weight)
         gamma = self.matmul(ops.ones((weight.shape[0], 1), weight.dtype), self.gamma)
-        bias = self.matmul_nt(self.beta, weight).reshape(-1)
-        return self.add_bias(self.matmul_nt(x, weight * gamma), bias)
+        bias = self.product(self.beta, weight).reshape(-1)
+        return self.add_bias(self.product(x, weight * gamma), bias)
 
 
-class L2NormForward(nn.Cell):
-    """Rows divided by their length, or by 1e-12 where they are shorter, as PyTorch's ``normalize``."""
+class L2NormForward(TypedCell):
+    """Rows divided by their length, or by 1e-12 where they are shorter, as PyTorch's ``normalize``.
+
+    Computed in at least float32, where the squares of short rows are not 0.
+    """
 
     def __init__(self):
         super().__init__()
@@ -136,7 +164,8 @@ class L2NormForward(nn.Cell):
 
     def construct(self, x):
         """``x: (rows, d)``."""
-        return x * self.inverse_length(x)
+        rows = widen(x)
+        return cast(rows * self.inverse_length(rows), x.dtype)
 
     def inverse_length(self, x):
         return self.repeat(self.rsqrt(ops.maximum((x * x).sum(-1, keepdims=True), 1e-24)), x)
@@ -150,13 +179,18 @@ class L2Norm(GradientByHand, L2NormForward):
         super().__init__(L2NormForward())
 
     def bprop(self, x, out, grad):
-        longer = ((x * x).sum(-1, keepdims=True) > 1e-24).astype(x.dtype)  # a row of zeros is divided by a constant
-        along = self.repeat((out * grad).sum(-1, keepdims=True) * longer, x)
-        return (self.inverse_length(x) * (grad - out * along),)
+        rows, out, grad = widen(x), widen(out), widen(grad)
+        # a row of zeros is divided by a constant
+        longer = ((rows * rows).sum(-1, keepdims=True) > 1e-24).astype(rows.dtype)
+        along = self.repeat((out * grad).sum(-1, keepdims=True) * longer, rows)
+        return (cast(self.inverse_length(rows) * (grad - out * along), x.dtype),)
 
 
-class GEGLUForward(nn.Cell):
-    """``value * gelu(gate)``, exact GELU (Shazeer 2020, arXiv 2002.05202); ``ops.gelu`` takes three times as long."""
+class GEGLUForward(TypedCell):
+    """``value * gelu(gate)``, exact GELU (Shazeer 2020, arXiv 2002.05202); ``ops.gelu`` takes three times as long.
+
+    Computed in at least float32: the normal distribution's tail is the difference of two numbers near 0.5.
+    """
 
     def __init__(self):
         super().__init__()
@@ -166,7 +200,8 @@ class GEGLUForward(nn.Cell):
         return 0.5 + self.mul(self.erf(self.mul(x, math.sqrt(0.5))), 0.5)
 
     def construct(self, value, gate):
-        return value * (gate * self.normal_cdf(gate))
+        wide_gate = widen(gate)
+        return cast(widen(value) * (wide_gate * self.normal_cdf(wide_gate)), value.dtype)
 
 
 class GEGLU(GradientByHand, GEGLUForward):
@@ -174,9 +209,10 @@ class GEGLU(GradientByHand, GEGLUForward):
         super().__init__(GEGLUForward())
 
     def bprop(self, value, gate, out, grad):
+        dtype, value, gate, grad = value.dtype, widen(value), widen(gate), widen(grad)
         cdf = self.normal_cdf(gate)
         density = self.mul(self.exp(self.mul(gate * gate, -0.5)), 1 / math.sqrt(2 * math.pi))
-        return grad * (gate * cdf), grad * value * (cdf + gate * density)
+        return cast(grad * (gate * cdf), dtype), cast(grad * value * (cdf + gate * density), dtype)
 
 
 class FeedForward(Recomputable):
@@ -192,25 +228,25 @@ class FeedForward(Recomputable):
         dim, inner = options.dim, int(options.dim * options.mult * 2 / 3)
         self.norm = LayerNorm(dim, 2)
         self.to_value, self.to_gate, self.to_out = dense(dim, inner), dense(dim, inner), dense(inner, dim)
-        self.geglu, self.matmul_nt = shared_cell(GEGLU), ops.MatMul(transpose_b=True)
+        self.geglu, self.product = shared_cell(GEGLU), shared_cell(Product)
         self.dropout = dropout_cell(options.dropout)
         self.fused = shared_cell(FusedFeedForward) if can_compute(FusedFeedForward, self) else None
 
     def construct(self, x):
-        """``x: (..., dim)``, returns the same shape."""
-        rows = x.reshape((-1, x.shape[-1]))
-        if self.fused is not None and x.dtype == ms.float32:
-            gamma, beta = self.norm.gamma, self.norm.beta
+        """``x: (..., dim)`` of any floating type, returns the same shape."""
+        x = self.typed(x)
+        rows, gamma, beta = x.reshape((-1, x.shape[-1])), self.norm.gamma, self.norm.beta
+        if self.fused is not None and x.dtype == gamma.dtype == ms.float32:
             out = self.fused(rows, gamma, beta, self.to_value.weight, self.to_gate.weight, self.to_out.weight)
             return out[0].reshape(x.shape)
         value, gate = self.norm(rows, (self.to_value.weight, self.to_gate.weight))
         inner = self.geglu(value, gate)
         if self.dropout is not None:
             inner = self.dropout(inner)
-        return self.matmul_nt(inner, self.to_out.weight).reshape(x.shape)
+        return self.product(inner, self.to_out.weight).reshape(x.shape)
 
 
-class SoftmaxCrossEntropyForward(nn.Cell):
+class SoftmaxCrossEntropyForward(TypedCell):
     """:class:`CrossEntropy` by MindSpore's own operators."""
 
     def __init__(self):
@@ -230,14 +266,17 @@ class SoftmaxCrossEntropy(GradientByHand, SoftmaxCrossEntropyForward):
 
     def bprop(self, logits, labels, out, grad):
         classes = logits.shape[1]
-        error = self.exp(self.log_softmax(logits)) - self.one_hot(
-            labels, classes, ops.ones((), logits.dtype), ops.zeros((), logits.dtype)
-        )
+        # OneHot knows no float64
+        targets = cast(self.one_hot(labels, classes, ops.ones((), ms.float32), ops.zeros((), ms.float32)), logits.dtype)
+        error = self.exp(self.log_softmax(logits)) - targets
         return error * self.matmul(grad.reshape((-1, 1)), ops.ones((1, classes), grad.dtype)), ops.zeros_like(labels)
 
 
-class CrossEntropy(nn.Cell):
-    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``."""
+class CrossEntropy(TypedCell):
+    """Cross-entropy in nats: ``logits: (rows, classes)``, ``labels: (rows,)`` int32, returns ``(rows,)``.
+
+    Computed and returned in at least float32.
+    """
 
     def __init__(self):
         super().__init__()
@@ -245,6 +284,7 @@ class CrossEntropy(nn.Cell):
         self.fused = shared_cell(FusedCrossEntropy) if training_kernels_run(self) else None
 
     def construct(self, logits, labels):
+        logits = widen(logits)
         if self.fused is not None and logits.dtype == ms.float32:
             return self.fused(logits, labels.astype(ms.int32))
         return self.softmax_cross_entropy(logits, labels)

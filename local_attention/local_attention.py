@@ -10,6 +10,7 @@ from local_attention.constants import shared_cell
 from local_attention.dropout import Recomputable
 from local_attention.layers import L2Norm
 from local_attention.options import LocalAttentionOptions, accepts
+from local_attention.precision import cast, require_computable, wide_type
 from local_attention.rotary import SinusoidalEmbeddings, apply_rotary
 
 # Added to the score of a token for itself with shared queries and keys, so that it attends to itself only if it can
@@ -64,17 +65,12 @@ class LocalAttention(Recomputable):
         self.attend = choose_backend(self.backends, self)(self)
         self.attend_to_other_types = self.backends[-1](self) if self.attend.takes_projections else self.attend
 
-    def to_float(self, dst_type):
-        """Refused for half precision, which this cell does not see in its inputs, but only the cells in it."""
-        _common_type(dst_type, dst_type, dst_type)
-        return super().to_float(dst_type)
-
     def construct(self, q, k, v, mask=None, input_mask=None, attn_bias=None, window_size=None, attn_mask=None):
         """Attend.
 
         Args:
-            q, k: ``(..., n, d)`` float32 or float64, any leading axes.
-            v: ``(..., n, e)``, of the same type.
+            q, k: ``(..., n, d)`` of any floating type, any leading axes.
+            v: ``(..., n, e)``, of the same type, unless ``to_float`` has given one.
             mask: ``(b, n)`` booleans, True where a key may be seen; with the leading axes of ``q`` merged to ``g``, row
                 ``r // (g / b)`` holds for row ``r``. A query that sees no key gets zeros.
             input_mask: older name of ``mask``.
@@ -105,6 +101,7 @@ class LocalAttention(Recomputable):
 
         Several heads only where the backend takes them, see :meth:`takes_projections`.
         """
+        q, k, v = self.typed(q), self.typed(k), self.typed(v)
         dtype = _common_type(q.dtype, k.dtype, v.dtype)
         groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
         window = self.window_size if window_size is None else window_size
@@ -112,7 +109,8 @@ class LocalAttention(Recomputable):
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
-            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows)).astype(dtype)
+            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
+            attn_bias = cast(attn_bias, wide_type(dtype))
         if attn_mask is not None:
             attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
         elif self.takes_projections(dtype, window):
@@ -173,12 +171,9 @@ def _check_shapes(q, k, v, window_size, autopad, dim):
 
 @constexpr
 def _common_type(q, k, v):
-    if not (q == k == v and q in (ms.float32, ms.float64)):
-        raise ValueError(
-            f"expected q, k and v in float32 or all in float64, got {q}, {k} and {v}: half precision, to_float and "
-            "auto_mixed_precision are not supported"
-        )
-    return q
+    if not q == k == v:
+        raise ValueError(f"expected q, k and v of one floating type, got {q}, {k} and {v}")
+    return require_computable(q)
 
 
 @constexpr

@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-import mindspore as ms
 import numpy as np
 from mindspore import ops
 
 from local_attention.blocks import look_around
 from local_attention.constants import shared_constant
+from local_attention.precision import constant
 
 # Added to a score, it leaves a weight of 0. A quarter of the least float32, so that two of them and a bias stay finite.
 MASK_VALUE = float(np.finfo(np.float32).min / 4)
@@ -50,8 +50,8 @@ def to_additive_mask(seen):
 
 
 @shared_constant
-def window_mask(groups, length, block, back, ahead, spec, self_value):
-    """The additive mask of all blocks of a sequence, ``(groups * blocks, block, span)`` float32.
+def window_mask(groups, length, block, back, ahead, spec, self_value, dtype):
+    """The additive mask of all blocks of a sequence, ``(groups * blocks, block, span)``.
 
     Full size, because a broadcasting addition keeps 16 bytes of index table per output element in the graph.
 
@@ -61,6 +61,7 @@ def window_mask(groups, length, block, back, ahead, spec, self_value):
         back, ahead: how many blocks a block of queries looks back and ahead.
         spec: a :class:`MaskSpec`.
         self_value: added to the score of a token for itself.
+        dtype: float32 or float64.
     """
     blocks = -(-length // block)
     start = np.arange(blocks)[:, None, None] * block
@@ -68,7 +69,7 @@ def window_mask(groups, length, block, back, ahead, spec, self_value):
     key = start + np.arange(-back * block, (ahead + 1) * block)
     seen = visible(query, key, length=length, **MaskSpec(*spec)._asdict())
     mask = to_additive_mask(seen) + np.float32(self_value) * (query == key)
-    return np.tile(mask.astype(np.float32), (groups, 1, 1))
+    return constant(np.tile(mask, (groups, 1, 1)), dtype)
 
 
 def key_mask(mask, groups, block, back, ahead):
@@ -105,11 +106,11 @@ def band_index(length, block, back, ahead):
     return (query * length + key).astype(np.int32).reshape(-1)
 
 
-def query_key_mask(attn_mask, groups, block, back, ahead):
+def query_key_mask(attn_mask, groups, block, back, ahead, dtype):
     """A mask per query and key, ``(b, n, n)`` booleans, as an additive mask of all blocks, as :func:`key_mask`."""
     b, length, _ = attn_mask.shape
     index = band_index(length, block, back, ahead)
-    masked = (1 - ops.gather(attn_mask.reshape((b, -1)), index, 1).astype(ms.float32)) * MASK_VALUE
+    masked = (1 - ops.gather(attn_mask.reshape((b, -1)), index, 1).astype(dtype)) * MASK_VALUE
     return ops.tile(masked.reshape((b, 1, -1)), (1, groups // b, 1)).reshape((-1, block, (back + 1 + ahead) * block))
 
 

@@ -8,9 +8,10 @@ from mindspore.ops import constexpr
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.dropout import Recomputable
 from local_attention.einops_mindspore import Rearrange
-from local_attention.layers import AddBias, L2Norm, LayerNorm, dense, tree_map
+from local_attention.layers import AddBias, L2Norm, LayerNorm, Product, dense, tree_map
 from local_attention.local_attention import LocalAttention
 from local_attention.options import GlobalAttentionOptions, LocalMHAOptions, accepts
+from local_attention.precision import cast, constant, require_computable
 
 
 class MultiHeadAttention(Recomputable):
@@ -38,18 +39,14 @@ class MultiHeadAttention(Recomputable):
                 Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
             )
         self.to_v_gate = nn.Dense(dim, heads) if options.gate_values_per_head else None
-        self.matmul_nt, self.add_bias = ops.MatMul(transpose_b=True), shared_cell(AddBias)
+        self.product, self.add_bias = shared_cell(Product), shared_cell(AddBias)
         self.split_heads = shared_cell(Rearrange, "b n (h d) -> (b h) n d", h=heads)
         self.merge_heads = shared_cell(Rearrange, "(b h) n d -> (b n) (h d)", h=heads)
         self.attention = self.attention_cell(**vars(options.attention()))
 
-    def to_float(self, dst_type):
-        """Refused for half precision before it changes cells, which other models share."""
-        check_float32(dst_type)
-        return super().to_float(dst_type)
-
     def attend_to_itself(self, x, mask, attn_bias):
         """Attention of the sequence ``x: (b, n, dim)`` to itself."""
+        x = self.typed(x)
         x = x.reshape(_checked_shape(x.shape, x.dtype, self.dim))
         return self.attend_with(self.attend, x, (mask, attn_bias))
 
@@ -80,7 +77,7 @@ class MultiHeadAttention(Recomputable):
         weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
         if self.to_v_gate is not None:
             weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_v_gate.weight)
-        products = tree_map(ops.partial(self.matmul_nt, x), weights) if self.norm is None else self.norm(x, weights)
+        products = tree_map(ops.partial(self.product, x), weights) if self.norm is None else self.norm(x, weights)
         q, k, v = products[0], products[1], products[2]
         if self.qk_rmsnorm:
             q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
@@ -91,14 +88,14 @@ class MultiHeadAttention(Recomputable):
     def normalise(self, x, scale):
         """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
         heads = self.l2_norm(x.reshape((-1, self.dim_head)))
-        scales = self.matmul(ops.ones((heads.shape[0], 1), x.dtype), scale.reshape((1, -1)))
+        scales = self.matmul(ops.ones((heads.shape[0], 1), x.dtype), cast(scale, x.dtype).reshape((1, -1)))
         return (heads * scales).reshape(x.shape)
 
     def merge(self, out, gates):
         """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
         if gates is not None:
-            out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head))
-        return self.matmul_nt(out, self.to_out.weight)
+            out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head, out.dtype))
+        return self.product(out, self.to_out.weight)
 
 
 class LocalMHA(MultiHeadAttention):
@@ -121,9 +118,9 @@ class LocalMHA(MultiHeadAttention):
         """Attend.
 
         Args:
-            x: ``(b, n, dim)`` float32.
+            x: ``(b, n, dim)`` of any floating type.
             mask: ``(b, n)`` booleans, True where a token may be seen.
-            attn_bias: ``(heads, window, span)`` float32, see :class:`LocalAttention`.
+            attn_bias: ``(heads, window, span)``, see :class:`LocalAttention`.
 
         Returns:
             ``(b, n, dim)``.
@@ -138,19 +135,11 @@ class LocalMHA(MultiHeadAttention):
 def _checked_shape(shape, dtype, dim):
     if len(shape) != 3 or shape[2] != dim:
         raise ValueError(f"expected x: (b, n, {dim}), got {shape}")
-    check_float32(dtype)
+    require_computable(dtype)
     return shape
 
 
-def check_float32(dtype):
-    """Refuse other types: one line here, instead of an error of an operator deep inside."""
-    if dtype != ms.float32:
-        raise ValueError(
-            f"expected x in float32, got {dtype}: half precision, to_float and auto_mixed_precision are not supported"
-        )
-
-
 @shared_constant
-def channels_of_heads(heads, dim_head):
+def channels_of_heads(heads, dim_head, dtype):
     """``(h, h d)``: a product with it repeats the number of each head for all its channels."""
-    return np.kron(np.eye(heads, dtype=np.float32), np.ones((1, dim_head), np.float32))
+    return constant(np.kron(np.eye(heads), np.ones((1, dim_head))), dtype)

@@ -6,10 +6,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from einops._backends import AbstractBackend
 from einops.einops import _prepare_transformation_recipe, _reconstruct_from_shape_uncached
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore._c_expression import MixedPrecisionType
+from mindspore.rewrite.common import namespace
+from mindspore.train import amp
+
+from local_attention.precision import cast, require_computable
 
 # The base class by which einops finds a backend; private in einops 0.8.
 EinopsBackend = AbstractBackend
@@ -67,7 +73,56 @@ def attach_hidden_parameter(cell: nn.Cell, name: str, parameter: Parameter) -> N
     vars(cell)[name] = parameter
 
 
-class GradientByHand(nn.Cell):
+_FLAGS = {"fp16": ms.float16, "bf16": ms.bfloat16, "fp32": ms.float32}
+
+
+class TypedCell(nn.Cell):
+    """A cell that casts by itself. ``to_float`` and ``mindspore.amp`` only say what it computes in: ``compute_type``.
+
+    MindSpore marks all cells within, shared ones included, and casts the inputs of marked cells, eagerly those of each
+    operator, so that no norm could be in float32. Level "auto" of ``auto_mixed_precision`` replaces ``construct`` by a function that does so.
+    """
+
+    compute_type = None  # None: that of the inputs
+
+    def add_flags(self, **flags: Any) -> nn.Cell:
+        """As ``Cell.add_flags``; those of ``to_float`` set ``compute_type``."""
+        for name in _FLAGS.keys() & flags.keys():
+            if flags.pop(name):
+                self.compute_type = require_computable(_FLAGS[name])
+                self.mixed_precision_type = MixedPrecisionType.NOTSET  # eager: ends that of cells around this one
+                self.compile_cache.clear()  # of graphs in another type
+        return super().add_flags(**flags) if flags else self
+
+    def typed(self, x):
+        """An input in the type to compute in."""
+        return x if self.compute_type is None else cast(x, self.compute_type)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "amp_strategy":
+            self.to_float(value.get_amp_dtype())
+        elif name != "construct" or getattr(value, "__func__", value).__globals__ is not vars(amp):
+            super().__setattr__(name, value)
+
+
+_rewrite = amp._auto_mixed_precision_rewrite
+
+
+def _rewrite_or_compute_in(network: nn.Cell, dtype: Any, **lists: Any) -> nn.Cell:
+    """Level O1 of ``auto_mixed_precision``: a :class:`TypedCell` gives float32, but computes in ``dtype``.
+
+    MindSpore writes new source code for each cell, which knows no names of the module of the old one ("NameError").
+    """
+    if isinstance(network, TypedCell):
+        return amp._OutputTo32(network.to_float(dtype))
+    return _rewrite(network, dtype, **lists)
+
+
+amp._auto_mixed_precision_rewrite = _rewrite_or_compute_in
+namespace._subtree_black_list.append(TypedCell)  # within other networks, it is left as it is
+
+
+class GradientByHand(TypedCell):
     """The base of a cell with a ``bprop``; its forward pass is that of another cell, which has none.
 
     In graphs ``Cell.recompute`` knows the operators of the backward pass by the name of their scope, which MindSpore

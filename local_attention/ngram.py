@@ -1,17 +1,19 @@
 """Embeddings of n-grams: what follows the common phrases of a text, looked up instead of computed."""
 
 import mindspore as ms
-from mindspore import Parameter, nn, ops
+from mindspore import Parameter, ops
 from mindspore.common.initializer import initializer
 
-from local_attention.layers import dense
+from local_attention.constants import shared_cell
+from local_attention.layers import Product, dense
+from local_attention.mindspore_quirks import TypedCell
 from local_attention.options import MAX_NGRAM_BUCKETS
 
 # Hashes stay below 2**31: (2**18 - 1) * FACTOR + num_tokens. A prime, so that the earliest tokens still count.
 FACTOR = 8167
 
 
-class NgramEmbedding(nn.Cell):
+class NgramEmbedding(TypedCell):
     """For each token an embedding of the n-gram that it ends, for each ``n`` from 2 on, together mapped to ``dim``.
 
     An n-gram finds its embedding by a hash, which it may share with others (Pagnoni et al. 2024, arXiv 2412.09871,
@@ -36,7 +38,7 @@ class NgramEmbedding(nn.Cell):
         self.context, self.buckets, self.ngram_dim = max_ngram - 1, buckets, ngram_dim
         rows = self.context * buckets
         self.embedding_table = Parameter(initializer("zeros", (rows, ngram_dim), ms.float32), name="embedding_table")
-        self.to_out = dense(self.context * ngram_dim, dim)
+        self.to_out, self.product = dense(self.context * ngram_dim, dim), shared_cell(Product)
 
     def construct(self, tokens, mask=None):
         """``(b, n) -> (b * n, dim)``; the arguments are those of :meth:`bucket_ids_of_sequence`."""
@@ -75,4 +77,4 @@ class NgramEmbedding(nn.Cell):
 
     def combine(self, rows):
         """``(b * n * (max_ngram - 1), ngram_dim) -> (b * n, dim)``."""
-        return self.to_out(rows.reshape((-1, self.context * self.ngram_dim)))
+        return self.product(rows.reshape((-1, self.context * self.ngram_dim)), self.to_out.weight)

@@ -408,8 +408,6 @@ def accepts(
 
         @wraps(init)
         def __init__(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            if args and isinstance(self, type(args[0])):  # what auto_mixed_precision calls
-                raise ValueError("expected options, got a cell: auto_mixed_precision is not supported, use float32")
             given = signature.bind(self, *args, **kwargs).arguments
             values = {name: python_number(value) for name, value in given.items() if name != own.name}
             try:

@@ -4,6 +4,8 @@ import numpy as np
 from mindspore import nn, ops
 
 from local_attention.constants import shared_constant
+from local_attention.mindspore_quirks import TypedCell
+from local_attention.precision import cast
 
 
 @shared_constant
@@ -18,7 +20,7 @@ def distance_index(i, j, first):
     return abs(first + np.arange(i)[:, None] - np.arange(j)).astype(np.int32).reshape(-1)
 
 
-class DynamicPositionBias(nn.Cell):
+class DynamicPositionBias(TypedCell):
     """A bias for each head and distance, ``MLP(|i - j|)``, with two hidden layers of SiLU.
 
     Wang et al. 2021, arXiv 2108.00154, section 3.4, there in two dimensions.
@@ -44,4 +46,5 @@ class DynamicPositionBias(nn.Cell):
 
     def gather(self, count, index):
         """The biases of the distances ``index: (m,)``, whole numbers below ``count``; ``(heads, m)``."""
-        return ops.gather(self.mlp(distances(count)).transpose(1, 0), index, 1)
+        inputs = cast(distances(count), self.mlp[0].weight.dtype)
+        return ops.gather(self.mlp(inputs).transpose(1, 0), index, 1)

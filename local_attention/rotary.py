@@ -7,9 +7,11 @@ original.
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import ops
 
 from local_attention.constants import shared_constant
+from local_attention.mindspore_quirks import TypedCell
+from local_attention.precision import cast, constant
 
 
 def rotary_angles(positions, dim, theta=10000.0):
@@ -32,17 +34,11 @@ def xpos_decay(positions, dim, scale_base):
     return np.concatenate([decay, decay], axis=-1)
 
 
-def numpy_type(dtype):
-    """NumPy's type for one of MindSpore's that attention computes in."""
-    return np.float64 if dtype == ms.float64 else np.float32
-
-
 @shared_constant
 def rotary_table(groups, length, dim, theta, scale, dtype):
     """``scale`` times cosine and sine of the angles of positions 0 … length - 1, each ``(groups * length, dim)``."""
     angles = np.tile(rotary_angles(np.arange(length), dim, theta), (groups, 1))
-    dtype = numpy_type(dtype)
-    return (scale * np.cos(angles)).astype(dtype), (scale * np.sin(angles)).astype(dtype)
+    return constant(scale * np.cos(angles), dtype), constant(scale * np.sin(angles), dtype)
 
 
 @shared_constant
@@ -53,15 +49,15 @@ def decay_table(groups, first, length, middle, dim, scale_base, sign, dtype):
         raise ValueError(
             f"expected a larger xpos_scale_base, got {scale_base}: its decay over {length} tokens overflows"
         )
-    return np.tile(decay, (groups, 1, 1)).astype(numpy_type(dtype))
+    return constant(np.tile(decay, (groups, 1, 1)), dtype)
 
 
 @shared_constant
 def half_rotation(dim, dtype):
     """``(dim, dim)``: ``[x1, x2]`` times it is ``[-x2, x1]``."""
-    half = np.eye(dim // 2, dtype=numpy_type(dtype))
+    half = np.eye(dim // 2)
     zero = np.zeros_like(half)
-    return np.block([[zero, half], [-half, zero]])
+    return constant(np.block([[zero, half], [-half, zero]]), dtype)
 
 
 # Up to this many rows, as in decoding, BatchMatMul is faster: 5 µs for 64 rows of 64 channels, MatMul takes 36.
@@ -93,7 +89,7 @@ def embedding(length, dim, theta, scale_base):
     return angles, xpos_decay(np.arange(length) - length // 2, dim, scale_base).astype(np.float32)
 
 
-class SinusoidalEmbeddings(nn.Cell):
+class SinusoidalEmbeddings(TypedCell):
     """Rotary embeddings of heads of ``dim`` channels; scores then depend on the distance ``i - j`` alone.
 
     Called, it gives angles and decay for :func:`apply_rotary_pos_emb`, as the original does. :class:`LocalAttention`
@@ -154,6 +150,8 @@ def apply_rotary_pos_emb(
         ``q`` and ``k``, rotated; ``q`` times and ``k`` divided by the decay.
     """
     first = freqs.shape[0] - q.shape[-2]
+    if isinstance(scale, ms.Tensor):
+        scale = cast(scale, q.dtype)
     q_scale = scale[first:] if isinstance(scale, ms.Tensor) and scale.ndim == 2 else scale
     q = _rotate(q, freqs[first:]) * q_scale
     return q, _rotate(k, freqs) / scale
@@ -162,4 +160,5 @@ def apply_rotary_pos_emb(
 def _rotate(x, angles):
     """``x: (..., n, d)`` by ``angles: (n, d)``, the same for all leading axes."""
     count = x.size // angles.size
-    return apply_rotary(x, ops.tile(ops.cos(angles), (count, 1)), ops.tile(ops.sin(angles), (count, 1)))
+    cos, sin = cast(ops.cos(angles), x.dtype), cast(ops.sin(angles), x.dtype)
+    return apply_rotary(x, ops.tile(cos, (count, 1)), ops.tile(sin, (count, 1)))

@@ -14,10 +14,11 @@ from local_attention.dropout import Recomputable
 from local_attention.global_attention import GlobalAttention
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
-from local_attention.mha import LocalMHA, MultiHeadAttention, check_float32
+from local_attention.mha import LocalMHA, MultiHeadAttention
 from local_attention.ngram import NgramEmbedding
 from local_attention.options import LocalTransformerOptions, accepts
 from local_attention.position_bias import DynamicPositionBias
+from local_attention.precision import cast, checked_type, require_computable
 from local_attention.tokens import as_integers, check_range
 
 __all__ = ["Layer", "LocalMHA", "LocalTransformer"]
@@ -76,7 +77,7 @@ class Layer(Recomputable):
         """Give ``branch``, a sub-layer, its input from the residual streams, and add its output to them."""
         branch_input, x, beta = connection.pre(x)
         out = branch(branch_input.reshape((batch, -1, branch_input.shape[-1])), *inputs)
-        return connection.post(out.reshape(branch_input.shape), x, beta)
+        return connection.post(cast(out, x.dtype).reshape(branch_input.shape), x, beta)
 
 
 class LocalTransformer(Recomputable):
@@ -145,7 +146,8 @@ class LocalTransformer(Recomputable):
         """Logits or loss.
 
         Args:
-            x: ``(b, n)`` tokens of any integer type; ``(b, n, dim)`` float32 with ``num_tokens=None``.
+            x: ``(b, n)`` tokens of any integer type; ``(b, n, dim)`` of any floating type with
+                ``num_tokens=None``.
             mask: booleans of the shape ``(b, n)`` of the tokens, True where a token may be seen.
             cache: what an earlier call with ``return_cache`` returned for the first of these tokens. Logits are
                 computed and returned for the others only.
@@ -180,10 +182,10 @@ class LocalTransformer(Recomputable):
         logits, cache = logits_with_cache(self, x, cache)
         return (ms.Tensor(logits), cache) if return_cache else ms.Tensor(logits)
 
-    def to_float(self, dst_type):
-        """Refused for half precision before it changes cells, which other models share."""
-        check_float32(dst_type)
-        return super().to_float(dst_type)
+    @property
+    def dtype(self) -> Any:
+        """The type that a model with tokens computes in: that given to ``to_float``, else that of its embeddings."""
+        return self.token_emb.embedding_table.dtype if self.compute_type is None else self.compute_type
 
     def _check_tokens(self, x, return_loss):
         """Look at the values, which a graph cannot; 10 µs for 32 rows of 1,024."""
@@ -193,6 +195,8 @@ class LocalTransformer(Recomputable):
 
     def construct(self, x, mask=None, cache=None, return_loss=False, return_cache=False, ngram_rows=None):
         _check_no_cache(cache, return_cache)
+        if self.num_tokens is None:
+            x = self.typed(x)
         x = x.astype(_checked_type(x.shape, x.dtype, self.num_tokens, self.dim, return_loss))
         if return_loss:
             is_ignored = x == self.ignore_index
@@ -296,10 +300,11 @@ class LocalTransformer(Recomputable):
         ``ngram_rows`` are rows of the table of n-grams, ``position_rows: (n, dim)`` learned positions; each is None
         where the model has none.
         """
-        x = self.token_emb(tokens)
+        x = cast(self.token_emb(tokens), checked_type(self.dtype))
         if self.ngram_emb is not None:
-            x = x + self.ngram_emb.combine(ngram_rows).reshape(x.shape)
+            x = x + self.ngram_emb.combine(cast(ngram_rows, x.dtype)).reshape(x.shape)
         if self.use_abs_pos_emb:
+            position_rows = cast(position_rows, x.dtype)
             x = x + ops.cat((position_rows.reshape((1, *position_rows.shape)),) * x.shape[0], 0)
         return x
 
@@ -359,8 +364,7 @@ def _checked_type(shape, dtype, num_tokens, dim, return_loss):
         raise ValueError(f"expected tokens (b, n) with n >= {1 + return_loss}, got {shape}")
     if num_tokens is not None:
         return ms.int32
-    check_float32(dtype)
-    return dtype
+    return require_computable(dtype)
 
 
 @constexpr

@@ -29,8 +29,8 @@ def main(config: EvaluateConfig) -> None:
 
     # Load the model and the data; by default the data that it was trained on.
     path = checkpoint_of(config.run, config.checkpoint)
-    use_device(config.device.target)
-    model, meta = load_model(path)
+    use_device(config.device.target, config.device.precision)
+    model, meta = load_model(path, config.device.precision)
     config = fill_from_checkpoint(config, meta)
     assert config.seq_len and config.batch_size  # filled
     corpus = data.load(config.data)
@@ -46,7 +46,7 @@ def main(config: EvaluateConfig) -> None:
     log.info(f"scoring all {stop - start:,} bytes of {config.split} with {path}")
     bar = partial(tqdm, leave=False, disable=None)  # None: on terminals only
     if config.dynamic:
-        step = load_step(path, model, config.dynamic_rate)
+        step = load_step(path, model, config.dynamic_rate, config.device.precision)
         score = dynamic_score(step, data_bytes, start, stop, config.seq_len, bar)
         name, how = f"{config.split}_bpb_dynamic", f"dynamic_rate {config.dynamic_rate:g}"
     else:

@@ -1,16 +1,16 @@
 """Attention of a sequence to itself, block by block, by MindSpore's own operators: training and evaluation."""
 
-import mindspore as ms
 from mindspore import nn, ops
 
 from local_attention.blocks import block_layout, look_around, split_into_blocks
 from local_attention.constants import shared_cell
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, key_mask, query_key_mask, sees_a_key, window_bias, window_mask
-from local_attention.mindspore_quirks import GradientByHand
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
+from local_attention.precision import cast, wide_type, widen
 
 
-class BlockedAttention(nn.Cell):
+class BlockedAttention(TypedCell):
     """``softmax(q kᵀ + mask) v`` of each block of queries and the blocks of keys around it.
 
     Time and memory grow with the length times the window. Blocked as in Roy et al. 2020, arXiv 2003.05997.
@@ -56,13 +56,14 @@ class BlockedAttention(nn.Cell):
         groups, length, d = q.shape
         e = v.shape[-1]
         window_size, _, exact_windowsize, look_backward, look_forward = spec
+        dtype = wide_type(q.dtype)  # of scores and weights
         block, back, ahead = block_layout(window_size, exact_windowsize, look_backward, look_forward)
-        additive_mask = window_mask(groups, length, block, back, ahead, spec, self.self_value)
+        additive_mask = window_mask(groups, length, block, back, ahead, spec, self.self_value, dtype)
         if mask is not None:
-            mask = ops.stop_gradient(mask).astype(ms.float32)
+            mask = ops.stop_gradient(mask).astype(dtype)
             additive_mask = additive_mask + key_mask(mask, groups, block, back, ahead)
         if attn_mask is not None:
-            additive_mask = ops.minimum(additive_mask, query_key_mask(attn_mask, groups, block, back, ahead))
+            additive_mask = ops.minimum(additive_mask, query_key_mask(attn_mask, groups, block, back, ahead, dtype))
         if attn_bias is not None:
             # minus infinity would win over MASK_VALUE, and a row of them gives NaN
             attn_bias = ops.maximum(attn_bias, MASK_VALUE)
@@ -75,20 +76,22 @@ class BlockedAttention(nn.Cell):
         v = look_around(split_into_blocks(v, block), back, ahead).reshape((-1, span, e))
         if self.has_decay:
             middle = block * (ahead + 1 - back) / 2  # of the span, so that the decay there stays within float32
-            q, k = self.rotary.decay_queries(q, middle), self.rotary.decay_keys(k, -back * block, middle)
+            # widened, as the decay may leave float16's range
+            q, k = self.rotary.decay_queries(widen(q), middle), self.rotary.decay_keys(widen(k), -back * block, middle)
         if self.dropout is not None and self.training:
-            out = self.attend_with_dropout(q, k, v, additive_mask, self.dropout.mask(additive_mask.shape))
+            out = self.attend_with_dropout(q, k, v, additive_mask, self.dropout.mask(additive_mask.shape, dtype))
         else:
             out = self.attend(q, k, v, additive_mask)
         if not (mask is None and attn_bias is None and attn_mask is None):  # else every query sees itself
-            out = out * ops.tile(sees_a_key(ops.stop_gradient(additive_mask)), (1, 1, e))
+            sees = cast(sees_a_key(ops.stop_gradient(additive_mask)), out.dtype)
+            out = out * ops.tile(sees, (1, 1, e))
         out = out.reshape((groups, -1, e))
         if length % block:
             out = out[:, :length]
         return out
 
 
-class AttendForward(nn.Cell):
+class AttendForward(TypedCell):
     """``softmax(q kᵀ + mask) v``; all operands full size, nothing is broadcast."""
 
     def __init__(self):
@@ -99,11 +102,22 @@ class AttendForward(nn.Cell):
         self.matmul_tn = ops.BatchMatMul(transpose_a=True)
 
     def weights(self, q, k, mask):
-        return self.softmax(self.matmul_nt(q, k) + mask)
+        return self.softmax(cast(self.matmul_nt(q, k), mask.dtype) + mask)
+
+    def score_gradient(self, p, dp):
+        """``p * (dp - rowsum(p * dp))`` for products ``dp = do vᵀ`` that were rounded to a half type.
+
+        The row sum has their errors, too, so that these cancel where a weight is near 1. They would not in
+        ``rowsum(do * o)``.
+        """
+        return p * (dp - self.matmul((p * dp).sum(-1, keepdims=True), ops.ones_like(p[:, :1])))
 
     def construct(self, q, k, v, mask):
-        """``q: (g, i, d)``, ``k: (g, j, d)``, ``v: (g, j, e)``, ``mask: (g, i, j)`` additive. Returns ``(g, i, e)``."""
-        return self.matmul(self.weights(q, k, mask), v)
+        """``q: (g, i, d)``, ``k: (g, j, d)``, ``v: (g, j, e)``, ``mask: (g, i, j)`` additive. Returns ``(g, i, e)``.
+
+        The weights have the type of the mask; they are rounded to that of the values.
+        """
+        return self.matmul(cast(self.weights(q, k, mask), v.dtype), v)
 
 
 class Attend(GradientByHand, AttendForward):
@@ -120,16 +134,20 @@ class Attend(GradientByHand, AttendForward):
 
     def bprop(self, q, k, v, mask, out, do):
         p = self.weights(q, k, mask)
-        delta = (out * do).sum(-1, keepdims=True)
-        ds = p * self.matmul_nt(ops.cat((do, -delta), -1), ops.cat((v, ops.ones_like(v[:, :, :1])), -1))
-        return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p, do), ds
+        if v.dtype == p.dtype:
+            delta = (out * do).sum(-1, keepdims=True)
+            ds = p * self.matmul_nt(ops.cat((do, -delta), -1), ops.cat((v, ops.ones_like(v[:, :, :1])), -1))
+        else:
+            ds = self.score_gradient(p, cast(self.matmul_nt(do, v), p.dtype))
+        dq, dk = self.matmul(cast(ds, k.dtype), k), self.matmul_tn(cast(ds, q.dtype), q)
+        return dq, dk, self.matmul_tn(cast(p, do.dtype), do), ds
 
 
 class AttendWithDropoutForward(AttendForward):
     """``(softmax(q kᵀ + mask) * keep) v``; ``keep: (g, i, j)`` is 0 where a weight is dropped, else ``1 / (1 - p)``."""
 
     def construct(self, q, k, v, mask, keep):
-        return self.matmul(self.weights(q, k, mask) * keep, v)
+        return self.matmul(cast(self.weights(q, k, mask) * keep, v.dtype), v)
 
 
 class AttendWithDropout(GradientByHand, AttendWithDropoutForward):
@@ -138,7 +156,11 @@ class AttendWithDropout(GradientByHand, AttendWithDropoutForward):
 
     def bprop(self, q, k, v, mask, keep, out, do):
         p = self.weights(q, k, mask)
-        # keep stands between the product and the row sum, so the latter is subtracted by itself
-        delta = self.matmul((out * do).sum(-1, keepdims=True), ops.ones_like(mask[:, :1]))
-        ds = p * (self.matmul_nt(do, v) * keep - delta)
-        return self.matmul(ds, k), self.matmul_tn(ds, q), self.matmul_tn(p * keep, do), ds, ops.zeros_like(keep)
+        dp = cast(self.matmul_nt(do, v), p.dtype) * keep
+        if v.dtype == p.dtype:
+            # keep stands between the product and the row sum, so the latter is subtracted by itself
+            ds = p * (dp - self.matmul((out * do).sum(-1, keepdims=True), ops.ones_like(mask[:, :1])))
+        else:
+            ds = self.score_gradient(p, dp)
+        dq, dk = self.matmul(cast(ds, k.dtype), k), self.matmul_tn(cast(ds, q.dtype), q)
+        return dq, dk, self.matmul_tn(cast(p * keep, do.dtype), do), ds, ops.zeros_like(keep)

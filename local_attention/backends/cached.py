@@ -2,6 +2,8 @@
 
 from mindspore import Parameter, nn, ops
 
+from local_attention.precision import cast, widen
+
 
 class CachedMHA(nn.Cell):
     """:class:`LocalMHA` for ``n`` more tokens, whose keys and values go to and come from the cache.
@@ -38,7 +40,11 @@ class CachedMHA(nn.Cell):
         """``q, k, v: (b, n, h d)``, returns the same shape."""
         mha, shape = self.mha, q.shape
         q, k, v = mha.split_heads(q), mha.split_heads(k), mha.split_heads(v)
-        q, k = self.mha.attention.scale_and_rotate(q, k, *self.unstack(rotation))
+        if self.has_decay:  # widened, as the decay may leave float16's range
+            q, k = widen(q), widen(k)
+        q_cos, q_sin, k_cos, k_sin = self.unstack(cast(rotation, q.dtype))
+        q, k = mha.attention.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
+        k = cast(k, v.dtype)
         groups, n, d = q.shape
         new_k, new_v = k.reshape((-1, d)), v.reshape((-1, d))
         if n == 1:  # written first, as a token sees itself
@@ -48,8 +54,9 @@ class CachedMHA(nn.Cell):
             keys = ops.cat((self.keys.reshape((groups, -1, d)), k), 1)
             values = ops.cat((self.values.reshape((groups, -1, d)), v), 1)
         if self.has_decay:
-            keys = keys * decay
-        out = self.matmul(self.softmax(self.matmul_nt(q, keys) + mask), values)
+            keys = widen(keys) * decay
+        weights = self.softmax(cast(self.matmul_nt(q, keys), mask.dtype) + mask)
+        out = self.matmul(cast(weights, values.dtype), values)
         if n > 1:
             self.write(self.keys, slots, ops.depend(new_k, out))
             self.write(self.values, slots, ops.depend(new_v, out))

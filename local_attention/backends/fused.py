@@ -9,7 +9,7 @@ from mindspore import nn, ops
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.kernels import OperatorCell, operator, training_kernels_run
 from local_attention.masks import MaskSpec
-from local_attention.mindspore_quirks import GradientByHand
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
 from local_attention.rotary import rotary_angles, xpos_decay
 
 # Of xPos, in units of its base: over half the span the decay is 3.5 ** 55, or 8e29.
@@ -17,7 +17,7 @@ MAX_DECAY_SPAN = 110
 TILE = 64  # queries that the operator computes at once, see kernels/attention.cpp
 
 
-class FusedAttention(nn.Cell):
+class FusedAttention(TypedCell):
     """:class:`BlockedAttention` as one operator: tile by tile, scores and masks in no memory but the cache.
 
     Only the log-sum-exp of each row of scores is kept for the backward pass. (FlashAttention-2, Dao 2023, arXiv

@@ -8,15 +8,16 @@ from mindspore.ops import constexpr
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.dropout import dropout_cell
 from local_attention.masks import MASK_VALUE, to_additive_mask
-from local_attention.mindspore_quirks import GradientByHand
+from local_attention.mindspore_quirks import GradientByHand, TypedCell
 from local_attention.options import WHOLE_SEQUENCE
+from local_attention.precision import cast, wide_type, widen
 
 # Scores of (1 / MAX_BLOCKS) of all pairs of a query and a key are in memory at once. Each block is a part of the graph
 # of its own, so their number is bounded; and products of fewer than MIN_BLOCK queries are slow.
 MIN_BLOCK, MAX_BLOCKS = 128, 16
 
 
-class TiledAttention(nn.Cell):
+class TiledAttention(TypedCell):
     """``softmax(q kᵀ + mask) v`` of a window that is the whole sequence, without ever holding all scores.
 
     Queries are taken block by block, each with all keys that it may see, also in the backward pass, which computes the
@@ -54,6 +55,7 @@ class TiledAttention(nn.Cell):
         groups, length, e = v.shape
         seen = None
         if mask is not None:
+            q, k = widen(q), widen(k)  # the mask value leaves float16's range
             mask = ops.stop_gradient(mask).astype(q.dtype)
             copies = groups // mask.shape[0]
             # one more channel of the keys, and a one in the queries, add the mask value to the scores of a hidden key
@@ -61,7 +63,7 @@ class TiledAttention(nn.Cell):
             q = ops.cat((q, ops.ones_like(hidden)), -1)
             k = ops.cat((k, hidden * MASK_VALUE), -1)
             seen = ops.cumsum(mask, 1) if self.causal else mask.sum(1, keepdims=True) * ops.ones_like(mask)
-            seen = ops.tile((seen > 0).astype(q.dtype).reshape((-1, 1, length)), (1, copies, 1))
+            seen = ops.tile((seen > 0).astype(v.dtype).reshape((-1, 1, length)), (1, copies, 1))
         dropping = self.dropout is not None and self.training
         call = self.dropout.next_call() if dropping else ms.Tensor(0, ms.int32)
         out = self.attend(q, k, v, call, dropping)
@@ -70,7 +72,7 @@ class TiledAttention(nn.Cell):
         return out
 
 
-class TiledAttendForward(nn.Cell):
+class TiledAttendForward(TypedCell):
     """:class:`TiledAttention` of queries, keys and values, ``(g, n, d)`` each.
 
     Args:
@@ -92,20 +94,23 @@ class TiledAttendForward(nn.Cell):
         return x[:, :end] if self.causal and end < x.shape[1] else x
 
     def weights(self, q, k, start, end):
-        """The weights of the queries from ``start`` to before ``end``, given as ``q: (g, end - start, d)``."""
+        """The weights of the queries from ``start`` to before ``end``, given as ``q: (g, end - start, d)``.
+
+        In at least float32; they are rounded to the type of the values.
+        """
         if not self.causal and self.self_value == 0:
-            return self.softmax(self.matmul_nt(q, k))
-        own = own_mask(q.shape[0], end - start, self.causal, self.self_value)
-        scores = (self.matmul_nt(q, k[:, start:end]) + own.astype(q.dtype),)
+            return self.softmax(widen(self.matmul_nt(q, k)))
+        own = cast(own_mask(q.shape[0], end - start, self.causal, self.self_value), wide_type(q.dtype))
+        scores = (widen(self.matmul_nt(q, k[:, start:end])) + own,)
         if start > 0:
-            scores = (self.matmul_nt(q, k[:, :start]), *scores)
+            scores = (widen(self.matmul_nt(q, k[:, :start])), *scores)
         if not self.causal and end < k.shape[1]:
-            scores = (*scores, self.matmul_nt(q, k[:, end:]))
+            scores = (*scores, widen(self.matmul_nt(q, k[:, end:])))
         return self.softmax(ops.cat(scores, -1) if len(scores) > 1 else scores[0])
 
     def keep(self, weights, call, start):
         """The factors of dropout for the weights of the block from ``start`` on, the same ones for the same call."""
-        return self.dropout.mask_of(call + block_offset(start), weights.shape).astype(weights.dtype)
+        return self.dropout.mask_of(call + block_offset(start), weights.shape, weights.dtype)
 
     def construct(self, q, k, v, call, dropping):
         """``q, k: (g, n, d)``, ``v: (g, n, e)``, ``call``: of dropout, if ``dropping``. Returns ``(g, n, e)``."""
@@ -115,7 +120,7 @@ class TiledAttendForward(nn.Cell):
             weights = self.weights(ops.depend(q[:, start:end], done), k, start, end)
             if dropping:
                 weights = weights * self.keep(weights, call, start)
-            done = self.matmul(weights, self.keys_of(v, end))
+            done = self.matmul(cast(weights, v.dtype), self.keys_of(v, end))
             parts = (*parts, done)
         return ops.cat(parts, 1)
 
@@ -136,25 +141,31 @@ class TiledAttend(GradientByHand, TiledAttendForward):
             q_block, do_block = ops.depend(q[:, start:end], done), ops.depend(do[:, start:end], done)
             delta_block, keys, values = delta[:, start:end], self.keys_of(k, end), self.keys_of(v, end)
             p = self.weights(q_block, k, start, end)
-            if dropping:
-                keep = self.keep(p, call, start)
-                repeated = self.matmul(delta_block, ops.ones_like(p[:, :1]))
-                ds = p * (self.matmul_nt(do_block, values) * keep - repeated)
-                p = p * keep
+            if dropping or v.dtype != p.dtype:
+                dp, kept = cast(self.matmul_nt(do_block, values), p.dtype), p
+                if dropping:
+                    keep = self.keep(p, call, start)
+                    dp, kept = dp * keep, p * keep
+                # of rounded products the row sum has their errors, too, see backends.blocked.AttendForward
+                row_sum = delta_block if v.dtype == p.dtype else (p * dp).sum(-1, keepdims=True)
+                ds = p * (dp - self.matmul(row_sum, ops.ones_like(p[:, :1])))
+                p = kept
             else:
                 ones = ops.ones_like(values[:, :, :1])
                 ds = p * self.matmul_nt(ops.cat((do_block, -delta_block), -1), ops.cat((values, ones), -1))
+            ds, p = cast(ds, q.dtype), cast(p, v.dtype)
             done = self.matmul(ds, keys), self.matmul_tn(ds, q_block), self.matmul_tn(p, do_block)
             dq = (done[0], *dq)
+            new_dk, new_dv = widen(done[1]), widen(done[2])
             if dk is None:
-                dk, dv = done[1], done[2]
+                dk, dv = new_dk, new_dv
             elif self.causal:  # the gradient of the keys behind this block is complete
                 dk_tail, dv_tail = (dk[:, end:], *dk_tail), (dv[:, end:], *dv_tail)
-                dk, dv = dk[:, :end] + done[1], dv[:, :end] + done[2]
+                dk, dv = dk[:, :end] + new_dk, dv[:, :end] + new_dv
             else:
-                dk, dv = dk + done[1], dv + done[2]
-        gradients = ops.cat(dq, 1), ops.cat((dk, *dk_tail), 1), ops.cat((dv, *dv_tail), 1)
-        return *gradients, ops.zeros_like(call), False
+                dk, dv = dk + new_dk, dv + new_dv
+        dk, dv = cast(ops.cat((dk, *dk_tail), 1), k.dtype), cast(ops.cat((dv, *dv_tail), 1), v.dtype)
+        return ops.cat(dq, 1), dk, dv, ops.zeros_like(call), False
 
 
 @constexpr

@@ -12,6 +12,7 @@ from local_attention.local_attention import LocalAttention
 from local_attention.masks import MaskSpec, to_additive_mask, visible
 from local_attention.mindspore_quirks import assign_in_place
 from local_attention.options import WHOLE_SEQUENCE
+from local_attention.precision import numpy_type
 from local_attention.rotary import rotary_angles, xpos_decay
 
 
@@ -22,22 +23,25 @@ def cache_length(attention: LocalAttention) -> int:
 
 
 class StepInputs(NamedTuple):
-    """What the attention of decode steps needs of positions: arrays with an axis of steps in front."""
+    """What the attention of decode steps needs of positions: arrays with an axis of steps in front.
+
+    Those without a type here are float64 for a model that computes in it, else float32.
+    """
 
     slots: np.ndarray  # (b * heads * count,) int32, the rows of the cache that take the new keys and values
-    mask: np.ndarray  # (1, count, span) float32, additive, for the cache's keys; and for a count > 1 the new ones
-    rotation: np.ndarray  # (4, b * heads * count, d) float32: cosines and sines for queries (scaled) and for keys
+    mask: np.ndarray  # (1, count, span) additive, for the cache's keys; and for a count > 1 the new ones
+    rotation: np.ndarray  # (4, b * heads * count, d): cosines and sines for queries (scaled) and for keys
     distances: np.ndarray  # (count * span,) int32, tokens from each key to each query, for the dynamic bias
-    decay: np.ndarray  # (1, span, d) float32, the xPos decay of the keys
+    decay: np.ndarray  # (1, span, d), the xPos decay of the keys
 
 
 class KVCache:
     """Keys and values of layers that see alike, each in Parameters ``keys[i]`` and ``values[i]``.
 
-    Of the shape ``(b * heads * (length + 1), d)``: a circular buffer of ``length`` slots per head, in which a token's
-    slot is its position modulo ``length``. One more slot, which no query sees, takes what need not be kept. Keys are
-    stored rotated, by their absolute positions (scores depend on the difference), but without the decay of xPos, which
-    would leave float32's range.
+    In the type that the model computes in, of the shape ``(b * heads * (length + 1), d)``: a circular buffer of
+    ``length`` slots per head, in which a token's slot is its position modulo ``length``. One more slot, which no query
+    sees, takes what need not be kept. Keys are stored rotated, by their absolute positions (scores depend on the
+    difference), but without the decay of xPos, which would leave float32's range.
 
     A cache of global attention has as many slots as the context may have tokens, see :meth:`grow`.
 
@@ -46,10 +50,14 @@ class KVCache:
         batch: number of sequences.
         capacity: slots for global attention.
         name: what the names of the Parameters end with.
+        dtype: the type that the model computes in.
     """
 
-    def __init__(self, mhas: Sequence[Any], batch: int, capacity: int = 0, name: str = "") -> None:
+    def __init__(
+        self, mhas: Sequence[Any], batch: int, capacity: int = 0, name: str = "", dtype: Any = ms.float32
+    ) -> None:
         self.mhas, self.batch, self.attention, self.name = mhas, batch, mhas[0].attention, name
+        self.dtype, self.number = dtype, numpy_type(dtype)  # the latter of what is computed for each step
         self.is_global = self.attention.window_size == WHOLE_SEQUENCE
         self.rows, self.d = batch * mhas[0].heads, mhas[0].dim_head
         self.length = capacity if self.is_global else cache_length(self.attention)
@@ -58,7 +66,7 @@ class KVCache:
     def parameters(self, what: str) -> ms.ParameterTuple:
         zeros = np.zeros((self.rows * (self.length + 1), self.d), np.float32)
         return ms.ParameterTuple(
-            Parameter(Tensor(zeros), name=f"cached_{what}{self.name}.{i}", requires_grad=False)
+            Parameter(Tensor(zeros, self.dtype), name=f"cached_{what}{self.name}.{i}", requires_grad=False)
             for i in range(len(self.mhas))
         )
 
@@ -73,7 +81,7 @@ class KVCache:
     def load(self, held: Sequence[np.ndarray]) -> None:
         """Hold what another cache of the same layers held in its ``(*keys, *values)``, with at least as many slots."""
         for parameter, array in zip((*self.keys, *self.values), held):
-            slots = np.zeros((self.rows, self.length + 1, self.d), np.float32)
+            slots = np.zeros((self.rows, self.length + 1, self.d), array.dtype)
             array = array.reshape((self.rows, -1, self.d))[:, : self.length]
             slots[:, : array.shape[1]] = array
             assign_in_place(parameter, slots.reshape(parameter.shape))
@@ -112,10 +120,10 @@ class KVCache:
         rotation = np.broadcast_to(rotation, (steps, 4, self.rows, count, d))
         return StepInputs(
             slots.reshape((steps, -1)).astype(np.int32),
-            mask[:, None].astype(np.float32),
-            rotation.reshape((steps, 4, -1, d)).astype(np.float32),
+            mask[:, None].astype(self.number),
+            rotation.reshape((steps, 4, -1, d)).astype(self.number),
             np.clip(distances, 0, length).reshape((steps, -1)).astype(np.int32),
-            decay[:, None].astype(np.float32),
+            decay[:, None].astype(self.number),
         )
 
     def max_chunk(self) -> int:
@@ -137,4 +145,4 @@ def caches_of(model: DecodableModel, batch: int, capacity: int = 0) -> list[KVCa
     for layer in model.layers:
         for mha in layer.attentions():
             kinds.setdefault(kind_of(mha), []).append(mha)
-    return [KVCache(mhas, batch, capacity, f"_{i}") for i, mhas in enumerate(kinds.values())]
+    return [KVCache(mhas, batch, capacity, f"_{i}", model.dtype) for i, mhas in enumerate(kinds.values())]

@@ -9,6 +9,7 @@ class DecodableModel(Protocol):
     num_tokens: int | None  # size of the vocabulary
     max_seq_len: int  # how many learned positions there are
     use_abs_pos_emb: bool  # if there are any
+    dtype: Any  # the floating type that it computes in
     ngram_emb: Any  # None, or a cell whose ``context`` is the number of previous tokens that it needs
     layers: Any  # each a ``Layer``
 

@@ -27,7 +27,10 @@ def kept_session(model: DecodableModel, batch: int) -> DecodingSession:
     They are kept in the model's ``__dict__``, so that they live as long as the model.
     """
     kept = vars(model).setdefault("_decoding_sessions", KeptSessions())
-    kept[batch] = kept.pop(batch, None) or DecodingSession(model, batch)
+    session = kept.pop(batch, None)
+    if session is None or session.dtype != model.dtype:  # ``to_float`` came between
+        session = DecodingSession(model, batch)
+    kept[batch] = session
     while len(kept) > MAX_SESSIONS or (len(kept) > 1 and sum(s.nbytes for s in kept.values()) > MAX_BYTES):
         del kept[next(iter(kept))]
     return kept[batch]

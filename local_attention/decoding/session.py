@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
@@ -149,12 +150,14 @@ class DecodingSession(Session):
         use_kernels: bool | None = None,
     ) -> None:
         super().__init__(model, batch)
-        can_use_kernels = all(can_compute(CachedMHAOperator, layer.attention) for layer in model.layers)
+        in_cpp = all(can_compute(CachedMHAOperator, layer.attention) for layer in model.layers)
+        can_use_kernels = in_cpp and model.dtype == ms.float32
         if use_kernels and not can_use_kernels:
             raise ValueError(
                 "expected use_kernels=False: the operators need Linux, a C++ compiler when pip installs this package, "
                 "a CPU, a model in float32, and options that all of them compute"
             )
+        self.dtype = model.dtype
         self.use_kernels = can_use_kernels if use_kernels is None else use_kernels
         if prefill_threshold is None:
             decode_longer = self.use_kernels and self.max_context // 2 >= PREFILL_THRESHOLD_WITH_KERNELS
@@ -279,7 +282,8 @@ class UncachedSession(Session):
 
     def logits_after(self, tokens: np.ndarray) -> np.ndarray:
         model: Any = self.model
-        return model(Tensor(np.concatenate([self.newest, tokens], 1))).asnumpy()[:, -tokens.shape[1] :]
+        logits = model(Tensor(np.concatenate([self.newest, tokens], 1)))[:, -tokens.shape[1] :]
+        return logits.asnumpy().astype(np.float32)
 
 
 def decoding_cells(model: DecodableModel, batch: int) -> list[nn.Cell]:

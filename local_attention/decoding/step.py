@@ -12,6 +12,7 @@ from local_attention.backends.cached_cpu import CachedMHAOperator, FeedForwardOp
 from local_attention.decoding.cache import KVCache, StepInputs
 from local_attention.decoding.interface import DecodableModel
 from local_attention.decoding.sampling import Sampler
+from local_attention.precision import cast
 
 INPUTS = len(StepInputs._fields)
 
@@ -64,7 +65,7 @@ class DecodeStep(nn.Cell):
         self.layers = nn.CellList(layers, auto_prefix=False)
 
     def construct(self, tokens, previous, positions, *step_inputs):
-        """One step, for ``tokens: (b, count)`` int32; returns ``(b, count, num_tokens)``.
+        """One step, for ``tokens: (b, count)`` int32; returns ``(b, count, num_tokens)`` float32.
 
         Args:
             tokens: ``(b, count)`` int32.
@@ -81,10 +82,12 @@ class DecodeStep(nn.Cell):
             slots, mask, rotation, distances, decay = step_inputs[INPUTS * i : INPUTS * (i + 1)]
             bias = self.model.distance_bias(distances, biased_slots) if biased_slots > 0 else None
             if bias is not None:
-                mask = mask + ops.cat((bias,) * self.batch, 0).reshape((-1, self.count, mask.shape[-1]))
+                biases = (cast(bias, mask.dtype),) * self.batch
+                mask = mask + ops.cat(biases, 0).reshape((-1, self.count, mask.shape[-1]))
             inputs = inputs + ((slots, mask, rotation, decay),)
         x = self.model.embed_next(tokens, previous, positions)
-        return self.model.logits(self.model.run_layers(self.layers, x, inputs, self.inputs_of_layers))
+        hidden = self.model.run_layers(self.layers, x, inputs, self.inputs_of_layers)
+        return cast(self.model.logits(hidden), ms.float32)
 
 
 class DecodeLoop(nn.Cell):

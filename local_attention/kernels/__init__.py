@@ -14,6 +14,8 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn, ops
 
+from local_attention.mindspore_quirks import TypedCell
+
 
 @cache
 def library() -> str | None:
@@ -60,7 +62,7 @@ def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) ->
     return Operator(f"{library()}:{name}", shapes, dtypes, func_type="aot")
 
 
-class OperatorCell(nn.Cell):
+class OperatorCell(TypedCell):
     """An :func:`operator` as a cell."""
 
     def __init__(self, *args: Any) -> None:

@@ -3,24 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
+
 from local_attention.training.checkpoint import read, restore
 from local_attention.training.config import ModelConfig
 from local_attention.training.schema import as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 
-def build_model(config: ModelConfig) -> LocalTransformer:
-    """Build the ``LocalTransformer`` that a config describes."""
-    return LocalTransformer(**as_dict(config))
+def build_model(config: ModelConfig, precision: str = "float32") -> LocalTransformer:
+    """Build the ``LocalTransformer`` that a config describes, in float32, to compute in ``precision``."""
+    model = LocalTransformer(**as_dict(config))
+    if precision != "float32":
+        model.to_float(getattr(ms, precision))
+    return model
 
 
-def load_model(checkpoint: str | Path) -> tuple[LocalTransformer, dict[str, Any]]:
-    """Load a model in evaluation mode, and the metadata of its checkpoint.
+def load_model(checkpoint: str | Path, precision: str = "float32") -> tuple[LocalTransformer, dict[str, Any]]:
+    """Load a model in evaluation mode, to compute in ``precision``, and the metadata of its checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is missing or corrupt.
     """
     tensors, meta = read(checkpoint)
-    model = build_model(parse(ModelConfig, meta["config"]["model"]))
+    model = build_model(parse(ModelConfig, meta["config"]["model"]), precision)
     restore(tensors, model)
     return model.set_train(False), meta

@@ -77,7 +77,10 @@ class StepController(Callback):
         self.count_skipped()
 
     def count_skipped(self) -> None:
-        """Count steps that were skipped because loss or gradient were not finite; too many in a row end the run."""
+        """Count steps that were skipped because loss or gradient were not finite.
+
+        Too many in a row, at a loss scale that cannot fall further, end the run.
+        """
         state, limit = self.state, self.config.train.max_bad_steps
         if math.isfinite(self.bpb + self.grad_norm):
             state.skipped_in_a_row = 0
@@ -85,8 +88,10 @@ class StepController(Callback):
         state.skipped_steps += 1
         state.skipped_in_a_row += 1
         what = f"loss {self.bpb:.4g} bpb, gradient norm {self.grad_norm:.4g}"
-        log.warning(f"step {state.step:>6,}  skipped: {what}")
-        if state.skipped_in_a_row >= limit:
+        scale = self.step_cell.loss_scale
+        scaled = "" if scale == 1 else f"; the loss scale is now {scale:g}"
+        log.warning(f"step {state.step:>6,}  skipped: {what}{scaled}")
+        if state.skipped_in_a_row >= limit and scale == 1:
             state.failure = f"step {state.step:,}: {what}; the last {state.skipped_in_a_row} steps were skipped"
 
 

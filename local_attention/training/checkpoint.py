@@ -262,6 +262,8 @@ def named_parameters(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> d
         weights = {parameter.name for parameter in model.get_parameters()}
         state = [parameter for parameter in optimizer.get_parameters() if parameter.name not in weights]
         named |= {f"optimizer.{parameter.name}": parameter for parameter in state}
+        if (scaler := getattr(optimizer, "loss_scaler", None)) is not None:
+            named |= {"loss_scaler.scale": scaler.scale_value, "loss_scaler.counter": scaler.counter}
     return named
 
 
@@ -273,7 +275,8 @@ def tensors_of(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> Tensors
 def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = None) -> None:
     """Load the tensors of a checkpoint into a model and, if given, its optimizer.
 
-    If the checkpoint contains only weights, as an imported one does, the optimizer is not changed.
+    If the checkpoint contains only weights, as an imported one does, the optimizer is not changed. A run that continues
+    in another precision begins with a new loss scale, or needs none.
 
     Raises:
         CheckpointError: naming a tensor that is missing, unexpected or of another shape. Nothing was changed.
@@ -281,7 +284,12 @@ def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = N
     if not any(name.startswith("optimizer.") for name in tensors):
         optimizer = None
     wanted = named_parameters(model, optimizer)
-    given = {name for name in tensors if optimizer is not None or name.startswith("model.")}
+    wanted = {name: wanted[name] for name in wanted if name in tensors or not name.startswith("loss_scaler.")}
+    given = {
+        name
+        for name in tensors
+        if name in wanted or name.startswith("model.") or (optimizer is not None and name.startswith("optimizer."))
+    }
     for name in sorted(given ^ set(wanted)):
         what = "lacks the" if name in wanted else "has an unexpected"
         raise CheckpointError(f"the checkpoint {what} tensor {name}: it is of another model or optimizer")

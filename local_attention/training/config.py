@@ -37,6 +37,10 @@ Count = Annotated[StrictInt, Ge(1)]
 Decay = Annotated[StrictFloat, Ge(0), Lt(1)]
 Fraction = Annotated[StrictFloat, Ge(0), Le(1)]
 Positive = Annotated[StrictFloat, Gt(0)]
+Precision = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    Help("type to compute in; weights and checkpoints are float32; bfloat16 needs a GPU or Ascend"),
+]
 
 
 Source = Annotated[
@@ -140,6 +144,12 @@ class TrainConfig:
         Count | None, Help("or after that many evaluations without a new best; null: evaluations do not end it")
     ] = None
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
+    precision: Precision = "float32"
+    loss_scale: Annotated[
+        StrictFloat,
+        Ge(1),
+        Help("factor of the loss at first, with float16: halved where a gradient overflows, doubled now and then"),
+    ] = 65536.0
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
     ] = 10
@@ -162,6 +172,13 @@ class DeviceConfig:
     """Where MindSpore runs."""
 
     target: Annotated[Literal["auto", "CPU", "GPU", "Ascend"], Help("where MindSpore runs")] = "auto"
+
+
+@dataclass(config=CHECKED)
+class ModelDeviceConfig(DeviceConfig):
+    """Where MindSpore runs a trained model, and in which type."""
+
+    precision: Precision = "float32"
 
 
 @register_schema("train")
@@ -215,7 +232,7 @@ class GenerateConfig:
     ] = 0.95
     num_samples: Annotated[Count, Help("continuations")] = 1
     seed: Annotated[Seed, Help("the same seed, prompt and checkpoint give the same bytes")] = 0
-    device: DeviceConfig = field(default_factory=DeviceConfig)
+    device: ModelDeviceConfig = field(default_factory=ModelDeviceConfig)
 
 
 @register_schema("evaluate")
@@ -239,7 +256,7 @@ class EvaluateConfig:
     ] = False
     dynamic_rate: Annotated[Positive, Help("learning rate of dynamic=true, as a fraction of the peak of the run")] = 0.1
     data: OtherDataConfig = field(default_factory=OtherDataConfig)
-    device: DeviceConfig = field(default_factory=DeviceConfig)
+    device: ModelDeviceConfig = field(default_factory=ModelDeviceConfig)
 
 
 @register_schema("score")
@@ -250,7 +267,7 @@ class ScoreConfig:
     run: Run = None
     checkpoint: Checkpoint = "best"
     file: Annotated[UserPath | None, Help("the text to score, raw or packed like data.path; -: standard input")] = None
-    device: DeviceConfig = field(default_factory=DeviceConfig)
+    device: ModelDeviceConfig = field(default_factory=ModelDeviceConfig)
 
 
 def run_config(config: DictConfig) -> RunConfig:

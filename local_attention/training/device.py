@@ -7,6 +7,7 @@ import sys
 
 import mindspore as ms
 
+from local_attention.precision import require_computable
 from local_attention.training.config import TrainConfig
 from local_attention.training.errors import UsageError
 from local_attention.transformer import LocalTransformer
@@ -14,20 +15,29 @@ from local_attention.transformer import LocalTransformer
 log = logging.getLogger("train")
 
 
-def use_device(target: str) -> None:
+def use_device(target: str, precision: str = "float32") -> None:
     """Compile static graphs for ``target``: CPU, GPU or Ascend, or "auto" for MindSpore's default.
 
+    Args:
+        target: the device.
+        precision: the type that will be computed in.
+
     Raises:
-        UsageError: this installation of MindSpore does not support the target.
+        UsageError: this installation of MindSpore does not support the target, or the target not the type.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
-    if target == "auto":
-        return
+    if target != "auto":
+        try:
+            ms.set_device(target)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(
+                f"device.target={target} cannot be used by this installation of MindSpore: {reason}"
+            ) from None
     try:
-        ms.set_device(target)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device.target={target} cannot be used by this installation of MindSpore: {reason}") from None
+        require_computable(getattr(ms, precision))
+    except ValueError as error:
+        raise UsageError(f"precision={precision}: {error}") from None
 
 
 def peak_memory_bytes() -> int:

@@ -17,7 +17,7 @@ from local_attention.training.checkpoint import Checkpoints, read, read_meta, re
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.errors import RunError
 from local_attention.training.evaluate import Evaluator, Score, tokens_of
-from local_attention.training.optimizer import build_optimizer
+from local_attention.training.optimizer import build_optimizer, loss_scaler
 from local_attention.training.run_dir import lock
 from local_attention.training.run_log import RunLog
 from local_attention.training.schema import parse
@@ -27,7 +27,7 @@ from local_attention.training.step import TrainStep
 log = logging.getLogger("evaluate")
 
 
-def load_step(checkpoint: str | Path, model: nn.Cell, rate: float) -> TrainStep:
+def load_step(checkpoint: str | Path, model: nn.Cell, rate: float, precision: str = "float32") -> TrainStep:
     """Build the train step that a run would continue with, for one sequence.
 
     Args:
@@ -35,10 +35,12 @@ def load_step(checkpoint: str | Path, model: nn.Cell, rate: float) -> TrainStep:
             they, and their optimizer, begin with the defaults.
         model: a model as in the checkpoint.
         rate: the learning rate, as a fraction of ``optimizer.lr``.
+        precision: the type that the model computes in.
     """
     tensors, meta = read(checkpoint)
     config, train = parse(OptimizerConfig, meta["config"].get("optimizer", {})), meta["config"].get("train", {})
-    optimizer = build_optimizer(config, model.trainable_params())
+    scaler = loss_scaler(precision, train.get("loss_scale", TrainConfig.loss_scale))
+    optimizer = build_optimizer(config, model.trainable_params(), scaler)
     restore(tensors, model, optimizer)
     if not any(name.startswith("optimizer.") for name in tensors):
         log.info(f"the checkpoint has no optimizer: learning with a new {config.name}, optimizer.lr={config.lr:g}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.amp import DynamicLossScaler
 
 from local_attention.layers import tree_map
 from local_attention.training.config import OptimizerConfig
@@ -236,10 +237,21 @@ class RowAdagrad(nn.Cell):
         return self.add(self.table, rows, updates * (rate * -self.lr_ratio))
 
 
-def build_optimizer(config: OptimizerConfig, params: Iterable[Parameter]) -> Adam:
+GROWTH_INTERVAL = 1000  # steps without an overflow after which the loss scale is doubled
+
+
+def loss_scaler(precision: str, initial: float) -> DynamicLossScaler | None:
+    """The scaler of the loss, without which small gradients are 0 in float16; None for types of float32's range."""
+    return DynamicLossScaler(initial, 2, GROWTH_INTERVAL) if precision == "float16" else None
+
+
+def build_optimizer(
+    config: OptimizerConfig, params: Iterable[Parameter], scaler: DynamicLossScaler | None = None
+) -> Adam:
     """Build the optimizer that a config describes. Its learning rate must be set before each step.
 
-    Its attribute ``ngram_optimizer`` is a :class:`RowAdagrad` for the n-gram table of the model, or None without one.
+    Its attribute ``ngram_optimizer`` is a :class:`RowAdagrad` for the n-gram table of the model, or None without one;
+    ``loss_scaler`` is what the loss is to be scaled by, or None.
     """
     params = list(params)
     tables = [parameter for parameter in params if parameter.name.endswith("ngram_emb.embedding_table")]
@@ -251,4 +263,5 @@ def build_optimizer(config: OptimizerConfig, params: Iterable[Parameter]) -> Ada
     else:
         optimizer = Adam(*adam, config.weight_decay if config.name == "adamw" else 0.0)
     optimizer.ngram_optimizer = RowAdagrad(tables[0], config.ngram_lr / config.lr) if tables else None
+    optimizer.loss_scaler = scaler
     return optimizer

@@ -7,6 +7,7 @@ import time
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.amp import DynamicLossScaler
 
 from local_attention.layers import tree_map
 from local_attention.training.config import TrainConfig
@@ -23,14 +24,15 @@ def times_or_zero(factor, tensor):
 
 
 class LanguageModelLoss(nn.Cell):
-    """The mean cross-entropy in nats of the last ``n`` bytes of sequences ``(b, n + 1)``."""
+    """The mean cross-entropy in nats of the last ``n`` bytes of sequences ``(b, n + 1)``, times any loss scale."""
 
-    def __init__(self, model: nn.Cell) -> None:
+    def __init__(self, model: nn.Cell, loss_scaler: DynamicLossScaler | None = None) -> None:
         super().__init__(auto_prefix=False)
-        self.model = model
+        self.model, self.loss_scaler = model, loss_scaler
 
     def construct(self, sequences, ngram_rows=None):
-        return self.loss(sequences, ngram_rows)
+        loss = self.loss(sequences, ngram_rows)
+        return loss if self.loss_scaler is None else loss * self.loss_scaler.scale_value
 
     def loss(self, sequences, ngram_rows):
         # not in construct: MindSpore 2.10 never frees a cell whose construct itself gives keyword arguments
@@ -41,7 +43,8 @@ class TrainStep(nn.TrainOneStepCell):
     """Forward, backward, gradient accumulation, clipping by global norm, optimizer step.
 
     If loss or norm is NaN or infinite, the step is skipped: weights and the state of an :class:`Adam` do not change.
-    Other optimizers get gradients of zero.
+    Other optimizers get gradients of zero. With a ``loss_scaler`` of the optimizer, gradients are those of the scaled
+    loss until they are clipped; the scale falls with each step that is skipped.
 
     The micro-batches run in a loop within the graph. Their number therefore affects neither the compile time nor,
     except for the accumulated gradients, the memory.
@@ -58,7 +61,9 @@ class TrainStep(nn.TrainOneStepCell):
     def __init__(
         self, model: nn.Cell, optimizer: nn.Optimizer, grad_accum_every: int, clip_norm: float, world_size: int = 1
     ) -> None:
-        super().__init__(LanguageModelLoss(model), optimizer)
+        loss_scaler = getattr(optimizer, "loss_scaler", None)
+        super().__init__(LanguageModelLoss(model, loss_scaler), optimizer)
+        self.loss_scaler = loss_scaler
         self.grad_accum_every, self.clip_norm = grad_accum_every, clip_norm
         self.can_skip = isinstance(optimizer, Adam)
         self.ngram_emb = getattr(model, "ngram_emb", None)
@@ -72,6 +77,11 @@ class TrainStep(nn.TrainOneStepCell):
             self.loss_sum = Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
             self.gradient_sums = self.weights.clone("gradient_sum", init="zeros")
             self.put = ops.TensorScatterUpdate()
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of the loss in the next step."""
+        return 1.0 if self.loss_scaler is None else float(self.loss_scaler.scale_value.asnumpy())
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next steps."""
@@ -96,11 +106,24 @@ class TrainStep(nn.TrainOneStepCell):
         if self.world_size > 1:
             loss = self.all_reduce(loss) / self.world_size
             gradients = self.grad_reducer(gradients)  # the mean over the processes
+        if self.ngram_optimizer is not None:
+            rows = rows.reshape((-1, self.ngram_emb.ngram_dim))
+            if self.world_size > 1:  # only the rows in use are sent, as the table is large
+                bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
         norm = global_norm(gradients)
+        if self.loss_scaler is not None:
+            unscale = 1 / self.loss_scaler.scale_value
+            loss, norm, rows = loss * unscale, norm * unscale, rows * unscale
+            if self.ngram_optimizer is not None:  # whose gradients may overflow, too
+                total = rows.sum()
+                norm = ops.select(ops.isfinite(total), norm, total)
         # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on CPUs), so to skip a step,
         # it is multiplied by zero.
         is_finite = ops.isfinite(loss + norm).astype(norm.dtype)
         clip_coef = ops.minimum(ops.ones_like(norm), self.clip_norm / (norm + 1e-6)) * is_finite
+        if self.loss_scaler is not None:
+            clip_coef = clip_coef * unscale
+            self.loss_scaler.adjust(is_finite > 0)
         clipped = tree_map(ops.partial(times_or_zero, clip_coef), gradients)
         learning_rate = self.optimizer.learning_rate + 0.0  # a copy, as the parameter changes before it is read
         if self.can_skip:
@@ -108,9 +131,6 @@ class TrainStep(nn.TrainOneStepCell):
         else:
             loss = ops.depend(loss, self.optimizer(clipped))
         if self.ngram_optimizer is not None:
-            rows = rows.reshape((-1, self.ngram_emb.ngram_dim))
-            if self.world_size > 1:  # only the rows in use are sent, as the table is large
-                bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
             rows = times_or_zero(is_finite, rows)
             loss = ops.depend(loss, self.ngram_optimizer(bucket_ids, rows, learning_rate))
         return loss, norm, learning_rate

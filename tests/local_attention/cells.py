@@ -55,10 +55,10 @@ def for_all(few, many, *strategies, **named):
     return decorate
 
 
-def tensor(x):
-    """Floating numbers as float32, whole numbers as int32."""
+def tensor(x, dtype=ms.float32):
+    """Floating numbers as float32, or another type, whole numbers as int32."""
     x = np.asarray(x)
-    return ms.Tensor(x.astype(np.float32 if x.dtype.kind == "f" else np.int32))
+    return ms.Tensor(x, dtype if x.dtype.kind == "f" else ms.int32)
 
 
 def run(cell, *inputs):

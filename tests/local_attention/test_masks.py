@@ -123,7 +123,7 @@ def test_visible_agrees_with_the_reference(rule, length):
 def test_the_window_mask_holds_the_visible_keys_of_every_block(rule, length, groups):
     window = rule["window_size"]
     back, ahead = rule["look_backward"], rule["look_forward"]
-    mask = window_mask(groups, length, window, back, ahead, tuple(MaskSpec(**rule)), 0).asnumpy()
+    mask = window_mask(groups, length, window, back, ahead, tuple(MaskSpec(**rule)), 0, ms.float32).asnumpy()
     blocks = -(-length // window)
     assert mask.dtype == np.float32
     assert mask.shape == (groups * blocks, window, (back + 1 + ahead) * window)
@@ -141,13 +141,15 @@ def test_the_window_mask_holds_the_visible_keys_of_every_block(rule, length, gro
 
 def test_the_window_mask_of_the_same_arguments_is_one_tensor():
     rule = dict(window_size=2, causal=True, exact_windowsize=True, look_backward=1, look_forward=0)
-    masks = [window_mask(2, 6, 2, 1, 0, tuple(MaskSpec(**rule)), 0) for _ in range(2)]
+    masks = [window_mask(2, 6, 2, 1, 0, tuple(MaskSpec(**rule)), 0, ms.float32) for _ in range(2)]
     assert isinstance(masks[0], ms.Tensor) and masks[0] is masks[1]
 
 
 def test_the_window_mask_marks_where_a_token_meets_itself():
     rule = dict(window_size=2, causal=False, exact_windowsize=False, look_backward=1, look_forward=0)
-    plain, marked = (window_mask(1, 4, 2, 1, 0, tuple(MaskSpec(**rule)), value).asnumpy() for value in (0, -7))
+    plain, marked = (
+        window_mask(1, 4, 2, 1, 0, tuple(MaskSpec(**rule)), value, ms.float32).asnumpy() for value in (0, -7)
+    )
     itself = np.zeros((2, 2, 4))
     itself[:, [0, 1], [2, 3]] = -7
     np.testing.assert_array_equal(marked - plain, itself)

@@ -12,12 +12,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 from einops._backends import get_backend
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, amp, nn, ops
 
 from local_attention.backends.blocked import Attend
 from local_attention.einops_mindspore import MindSporeBackend
 from local_attention.mindspore_quirks import (
     EinopsBackend,
+    TypedCell,
     addresses_of,
     assign_in_place,
     attach_hidden_parameter,
@@ -309,3 +310,48 @@ def test_operators_are_needed_where_a_cell_and_its_gradient_call_the_same(mode, 
     assert value_and_gradients(Attend(), [q, k, v, mask], q)[0].shape == (2, 4, 4)
     with pytest.raises(RuntimeError, match="func graph is empty"):
         value_and_gradients(AttendByFunction(), [q, k, v, mask], q)
+
+
+# Types
+
+
+class Inner(nn.Cell):
+    """A sum that says that it is in float32."""
+
+    def construct(self, x):
+        return x.astype(ms.float32) * 1.5
+
+
+def test_typed_cells_are_needed_as_to_float_casts_what_was_cast_to_float32():
+    class Typed(TypedCell, Inner):
+        pass
+
+    x = tensor(np.ones((2, 2)))
+    assert nn.SequentialCell(Inner()).to_float(ms.float16)(x).dtype == ms.float16
+    assert nn.SequentialCell(Typed()).to_float(ms.float16)(x).dtype == ms.float32
+
+
+LIMIT = 2.0
+
+
+class WithModuleLevelName(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul()
+
+    def construct(self, x):
+        return self.matmul(x, x) * LIMIT
+
+
+class TypedWithModuleLevelName(TypedCell, WithModuleLevelName):
+    pass
+
+
+def test_own_handling_of_level_o1_is_needed_as_it_knows_no_names_of_the_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it writes new source code
+    x = tensor(np.ones((2, 2)))
+    with pytest.raises(NameError, match="LIMIT"):
+        amp.auto_mixed_precision(WithModuleLevelName(), "O1")(x)
+    cell = TypedWithModuleLevelName()
+    assert amp.auto_mixed_precision(cell, "O1")(x).dtype == ms.float32
+    assert cell.compute_type == ms.float16

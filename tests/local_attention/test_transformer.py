@@ -5,7 +5,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from mindspore import amp, nn, ops
+from mindspore import nn, ops
 
 from local_attention import GlobalAttention, LocalMHA, LocalTransformer
 from tests.local_attention import reference
@@ -320,26 +320,13 @@ def test_tokens_of_another_type_are_refused(mode, dtype):
 
 
 @both_modes
-@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16, ms.float64], ids=str)
+@pytest.mark.parametrize("dtype", [ms.bfloat16, ms.int32], ids=str)
 @pytest.mark.parametrize("cell", [LocalMHA, LocalTransformer])
-def test_half_and_double_precision_are_named_and_refused(mode, cell, dtype):
+def test_types_that_cannot_be_computed_in_are_refused_in_one_line(mode, cell, dtype):
     options = SIZES | dict(num_tokens=None) if cell is LocalTransformer else dict(dim=6, window_size=3)
-    with pytest.raises(ValueError, match=f"expected x in float32, got {dtype}: half precision"):
+    problem = "CPUs do not multiply matrices in bfloat16: use float32" if dtype == ms.bfloat16 else "got Int32"
+    with pytest.raises(ValueError, match=problem):
         cell(**options)(ops.ones((2, 8, 6), dtype))
-
-
-@pytest.mark.parametrize("cell", [LocalMHA, LocalTransformer])
-def test_half_precision_is_refused_as_the_type_to_compute_in(cell):
-    options = SIZES if cell is LocalTransformer else dict(dim=6, window_size=3)
-    with pytest.raises(ValueError, match="got Float16: half precision, to_float"):
-        cell(**options).to_float(ms.float16)
-    assert not any(getattr(part, "fp16", False) for _, part in cell(**options).cells_and_names())  # some are shared
-
-
-def test_automatic_mixed_precision_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where it leaves the code that it generates
-    with pytest.raises(ValueError, match="auto_mixed_precision is not supported"):
-        amp.auto_mixed_precision(transformer(depth=1)[0], "O1")
 
 
 @both_modes

@@ -127,3 +127,16 @@ def test_a_checkpoint_whose_tensors_do_not_match_its_config_is_refused(saved):
     path.with_suffix(".json").write_text(json.dumps(meta))
     with pytest.raises(CheckpointError, match="expected"):
         load_model(path)
+
+
+def test_a_checkpoint_of_any_run_is_loaded_to_compute_in_the_type_given(tmp_path):
+    config = ModelConfig(**SMALL)
+    model = build_model(config, "float16")
+    path = Checkpoints(tmp_path).save(tensors_of(model), {"step": 1, "config": as_dict(RunConfig(model=config))})
+    single, half = load_model(path)[0], load_model(path, "float16")[0]
+    assert (single.dtype, half.dtype) == (ms.float32, ms.float16)
+    for parameter, same in zip(single.get_parameters(), half.get_parameters(), strict=True):
+        assert parameter.dtype == same.dtype == ms.float32
+        np.testing.assert_array_equal(parameter.asnumpy(), same.asnumpy())
+    wanted, out = single(TOKENS).asnumpy(), half(TOKENS).asnumpy()
+    assert 0 < abs(out - wanted).max() < 1e-2

@@ -83,7 +83,7 @@ CONFIG = RunConfig(
 
 
 def controller(state):
-    step_cell = SimpleNamespace(rates=[])
+    step_cell = SimpleNamespace(rates=[], loss_scale=1.0)
     step_cell.set_learning_rate = step_cell.rates.append
     return StepController(state, step_cell, CONFIG)
 

@@ -11,16 +11,17 @@ from local_attention.training import checkpoint
 from local_attention.training.checkpoint import Checkpoints, read, restore, sidecar, tensors_of, write_atomically
 from local_attention.training.config import OptimizerConfig
 from local_attention.training.errors import CheckpointError, RunError
-from local_attention.training.optimizer import build_optimizer
+from local_attention.training.optimizer import build_optimizer, loss_scaler
 from local_attention.training.step import TrainStep
 from tests.training.toys import TOKENS, Bigram, randomise, tiny_transformer
 
 TENSORS = {"model.w": np.arange(6, dtype=np.float32).reshape(2, 3)}
 
 
-def parts(model, name="adamw"):
+def parts(model, name="adamw", precision="float32"):
     """A model and its optimizer."""
-    return model, build_optimizer(OptimizerConfig(name=name), model.trainable_params())
+    scaler = loss_scaler(precision, 2.0**20)
+    return model, build_optimizer(OptimizerConfig(name=name), model.trainable_params(), scaler)
 
 
 @pytest.fixture
@@ -86,6 +87,23 @@ def test_a_restored_run_takes_the_very_step_that_the_saved_one_would_have_taken(
     assert abs(wanted["model.table"] - tensors["model.table"]).max() > 1e-5
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
+
+
+def test_the_loss_scale_comes_back_as_it_was_and_a_run_can_continue_in_another_precision(checkpoints):
+    model, optimizer = parts(Bigram(0), precision="float16")
+    optimizer.loss_scaler.scale_value.set_data(Tensor(512.0))
+    optimizer.loss_scaler.counter.set_data(Tensor(7, ms.int32))
+    tensors, _ = read(checkpoints.save(tensors_of(model, optimizer), {"step": 1}))
+
+    other, other_optimizer = parts(Bigram(1), precision="float16")
+    restore(tensors, other, other_optimizer)
+    scaler = other_optimizer.loss_scaler
+    assert (float(scaler.scale_value.asnumpy()), int(scaler.counter.asnumpy())) == (512, 7)
+
+    single, single_optimizer = parts(Bigram(1))
+    restore(tensors, single, single_optimizer)  # which needs no scale
+    np.testing.assert_array_equal(single.table.asnumpy(), model.table.asnumpy())
+    restore(tensors_of(single, single_optimizer), *parts(Bigram(2), precision="float16"))  # begins with its own
 
 
 def test_weights_alone_can_be_restored_from_a_checkpoint_with_optimizer_state():

@@ -37,6 +37,12 @@ def test_auto_leaves_the_target_to_mindspore(calls):
     assert calls == [{"mode": ms.GRAPH_MODE}]
 
 
+def test_a_type_that_the_device_cannot_compute_in_is_refused(calls):
+    use_device("CPU", "float16")
+    with pytest.raises(UsageError, match=r"^precision=bfloat16: .* do not multiply matrices in bfloat16: use float32"):
+        use_device("CPU", "bfloat16")
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
 def test_an_unsupported_target_is_a_usage_error_in_one_line(calls, monkeypatch, kind):
     def refuse(target):

@@ -60,6 +60,7 @@ EDGES = {
     "constant, cosine, wsd": (["linear", ""], ["constant", "cosine", "wsd"]),
     "auto, CPU, GPU, Ascend": (["cpu", "TPU", ""], ["auto", "CPU", "GPU", "Ascend"]),
     "none, data": (["model", ""], ["none", "data"]),
+    "float32, float16, bfloat16": (["half", "float64", ""], ["float32", "float16", "bfloat16"]),
     "train, val, test": (["valid", "Test", ""], ["train", "val", "test"]),
 }
 
@@ -142,6 +143,9 @@ def test_null_is_taken_where_a_key_is_optional_and_nowhere_else(name):
         ("evaluate", "dynamic_rate", 0.0, "a number > 0"),
         ("import_torch", "model.ff_mult", 0.5, "a number >= 1, or null"),
         ("score", "device.target", "cpu", "one of auto, CPU, GPU, Ascend"),
+        ("train", "train.precision", "half", "one of float32, float16, bfloat16"),
+        ("train", "train.loss_scale", 0.5, "a number >= 1"),
+        ("evaluate", "device.precision", "float64", "one of float32, float16, bfloat16"),
     ],
 )
 def test_a_command_refuses_a_value_out_of_range(checked, name, key, value, expected):
@@ -493,5 +497,5 @@ def test_a_text_without_end_is_the_only_sample(checked):
 def test_keys_are_dotted_and_complete():
     assert set(keys_of(GenerateConfig)) == {
         *("run", "checkpoint", "prompt", "prompt_file", "length", "temperature", "top_k", "top_p", "num_samples"),
-        *("stop", "seed", "device.target"),
+        *("stop", "seed", "device.target", "device.precision"),
     }

@@ -59,6 +59,7 @@ CHANGED = {  # key of a run's config: a value other than the default
     "optimizer.name": "muon",
     "schedule.name": "wsd",
     "train.max_minutes": 3.0,
+    "train.precision": "float16",
     "parallel": "data",
     "device.target": "CPU",
     "run_dir": "elsewhere",

@@ -6,10 +6,10 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 from local_attention.dropout import Dropout
-from local_attention.training.checkpoint import tensors_of
+from local_attention.training.checkpoint import restore, tensors_of
 from local_attention.training.config import OptimizerConfig, TrainConfig
 from local_attention.training.evaluate import Evaluator
-from local_attention.training.optimizer import build_optimizer, sum_of_squares, tree_map
+from local_attention.training.optimizer import build_optimizer, loss_scaler, sum_of_squares, tree_map
 from local_attention.training.step import LanguageModelLoss, TrainStep, compile_step
 from tests.training.toys import (
     TOKENS,
@@ -282,3 +282,48 @@ def test_a_step_of_many_parameters_compiles():
     assert loss == 1000
     assert len({value.tobytes() for value in after.values()}) == 1
     np.testing.assert_allclose(after["layers.249.weight"], 1 - 0.1 * 0.5 - 0.1, atol=1e-4)
+
+
+# Half precision
+
+HALF_BATCH = BATCH[:1, :, :17]
+
+
+def half_step(initial_scale):
+    """A step of a model with n-grams in float16, and its optimizer."""
+    ms.set_seed(0)
+    model = tiny_transformer(max_ngram=2, ngram_buckets=11).to_float(ms.float16)
+    optimizer = build_optimizer(OptimizerConfig(), model.trainable_params(), loss_scaler("float16", initial_scale))
+    step = TrainStep(model, optimizer, 1, 0.5).set_train()
+    step.set_learning_rate(1e-2)
+    return step, model, optimizer
+
+
+def copies(*parts):
+    return {name: value.copy() for name, value in tensors_of(*parts).items()}
+
+
+def test_a_step_that_overflows_in_float16_is_skipped_the_scale_falls_and_a_resumed_run_is_the_same_to_the_bit():
+    step, model, optimizer = half_step(2.0**30)
+    before, outputs, scales = copies(model, optimizer), [], []
+    while not outputs or not np.isfinite(outputs[-1][:2]).all():
+        for name, value in tensors_of(model, optimizer).items():
+            if not name.startswith("loss_scaler."):
+                np.testing.assert_array_equal(value, before[name], err_msg=name)
+        outputs.append([float(output.asnumpy()) for output in step(Tensor(HALF_BATCH))])
+        scales.append(step.loss_scale)
+    *skipped, (loss, norm, _) = outputs
+    assert len(skipped) > 3 and all(np.isfinite(skip[0]) and not np.isfinite(skip[1]) for skip in skipped)
+    assert scales == [2.0 ** (29 - i) for i in range(len(skipped))] + [2.0 ** (30 - len(skipped))]
+    assert abs(tensors_of(model, optimizer)["model.to_logits.weight"] - before["model.to_logits.weight"]).max() > 1e-3
+
+    saved = copies(model, optimizer)
+    wanted = [[output.asnumpy() for output in step(Tensor(HALF_BATCH))] for _ in range(2)]
+    restore(saved, model, optimizer)
+    np.testing.assert_array_equal([[o.asnumpy() for o in step(Tensor(HALF_BATCH))] for _ in range(2)], wanted)
+
+    single = tiny_transformer(max_ngram=2, ngram_buckets=11)
+    restore({name: value for name, value in before.items() if name.startswith("model.")}, single)
+    in_float32 = TrainStep(single, build_optimizer(OptimizerConfig(), single.trainable_params()), 1, 0.5).set_train()
+    wanted_loss, wanted_norm, _ = (float(output.asnumpy()) for output in in_float32(Tensor(HALF_BATCH)))
+    assert loss == pytest.approx(wanted_loss, rel=1e-3) and norm == pytest.approx(wanted_norm, rel=1e-2)

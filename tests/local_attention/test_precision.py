@@ -1,0 +1,130 @@
+"""Computing in float16 and float64, with every option, against the definition in float64."""
+
+from dataclasses import fields
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import amp, nn
+
+from local_attention.decoding import DecodingSession
+from local_attention.decoding.kept import kept_session
+from local_attention.precision import cast, widen
+from tests.local_attention.backends.test_backends import CELLS, arrays, defined, example, name_of
+from tests.local_attention.cells import (
+    Loss,
+    ValueAndGradients,
+    randomise,
+    run,
+    slowly_in_a_graph,
+    tensor,
+    value_and_parameter_gradients,
+)
+from tests.local_attention.models import feed_in_pieces, sequences, transformer
+
+every_option = pytest.mark.parametrize(
+    ("schema", "name"), [(schema, field.name) for schema in CELLS for field in fields(schema)], ids=name_of
+)
+
+
+def value_and_gradients(cell, inputs, cotangent, dtype):
+    value, gradients = ValueAndGradients(cell)(tensor(cotangent, dtype), *(tensor(x, dtype) for x in inputs))
+    assert {value.dtype, *(gradient.dtype for gradient in gradients)} == {dtype}
+    return value.asnumpy(), [gradient.asnumpy() for gradient in gradients]
+
+
+@slowly_in_a_graph
+@every_option
+def test_every_option_is_computed_in_float16_and_float64(schema, name, mode, rng):
+    used, _ = example(schema, name)
+    cell = CELLS[schema](**used).set_train(False)
+    p, inputs = randomise(cell), arrays(schema, used, rng)
+    cotangent = rng.standard_normal(inputs[0].shape)
+    exact, exact_gradients = value_and_gradients(cell, inputs, cotangent, ms.float64)
+    np.testing.assert_allclose(exact, defined(schema, used, *inputs, p=p), atol=1e-6)
+    half, half_gradients = value_and_gradients(cell, inputs, cotangent, ms.float16)
+    np.testing.assert_allclose(half, exact, atol=2e-3, rtol=2e-3)
+    for gradient, wanted in zip(half_gradients, exact_gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-2, rtol=1e-2)
+
+
+# A model: to_float and mindspore.amp
+
+OPTIONS = dict(max_ngram=2, ngram_buckets=97, ngram_dim=3)
+LEVELS = ["to_float", "O1", "O2", "O3", "auto"]
+
+
+def in_half(model, level):
+    """What computes in float16: the model, or a cell around it that gives float32."""
+    return model.to_float(ms.float16) if level == "to_float" else amp.auto_mixed_precision(model, level)
+
+
+@slowly_in_a_graph
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_model_in_half_precision_predicts_learns_and_generates(level, mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, single = sequences(2, 11), transformer(**OPTIONS)
+    logits, prime = run(single, x), x[:, :5]
+    loss, gradients = value_and_parameter_gradients(Loss(single), x)
+    model = transformer(**OPTIONS)
+    half = in_half(model, level)
+    out = half(tensor(x))
+    assert out.dtype == (ms.float16 if half is model else ms.float32)
+    error = abs(out.asnumpy() - logits).max()
+    assert 1e-5 < error < 1e-2 * abs(logits).max()  # it is not float32
+    half_loss, half_gradients = value_and_parameter_gradients(Loss(half), x)
+    assert half_loss == pytest.approx(loss, abs=5e-3)
+    for name, gradient in half_gradients.items():
+        assert gradient.dtype == np.float32  # as the parameters
+        np.testing.assert_allclose(gradient, gradients[name], atol=1e-2, err_msg=name)
+    np.testing.assert_array_equal(
+        model.generate(prime, 4, temperature=0).asnumpy(), single.generate(prime, 4, temperature=0).asnumpy()
+    )
+    np.testing.assert_array_equal(run(single, x), logits)  # which shares cells with the other
+
+
+def test_the_type_can_be_changed_between_calls():
+    model, x = transformer(), sequences(1, 6)
+    before = run(model, x)
+    assert model.to_float(ms.float16)(tensor(x)).dtype == model.dtype == ms.float16
+    assert kept_session(model, 1).caches[0].keys[0].dtype == ms.float16
+    np.testing.assert_array_equal(run(model.to_float(ms.float32), x), before)
+    assert kept_session(model, 1).caches[0].keys[0].dtype == ms.float32
+
+
+def test_a_model_computes_in_the_type_of_its_parameters():
+    model, x = transformer(), sequences(1, 6)
+    before = run(model, x)
+    for parameter in model.get_parameters():
+        parameter.set_dtype(ms.float64)
+    out = model(tensor(x))
+    assert out.dtype == model.dtype == ms.float64
+    np.testing.assert_allclose(out.asnumpy(), before, atol=1e-5)
+    np.testing.assert_allclose(DecodingSession(model).feed(x), before, atol=1e-5)
+
+
+def test_a_cell_around_a_model_passes_its_type_on():
+    model, x = transformer(), sequences(1, 6)
+    net = nn.SequentialCell(model)
+    assert net.to_float(ms.float16)(tensor(x)).dtype == ms.float16
+
+
+def test_bfloat16_is_refused_where_it_cannot_be_computed_in():
+    with pytest.raises(ValueError, match="CPUs do not multiply matrices in bfloat16: use float32"):
+        transformer().to_float(ms.bfloat16)
+
+
+@pytest.mark.parametrize("options", [{}, dict(use_xpos=True), dict(shared_qk=True)], ids=str)
+def test_the_kv_cache_has_half_the_size_and_decodes_what_the_full_pass_predicts(options):
+    model, x = transformer(**options), sequences(2, 13)
+    size = DecodingSession(model, 2).nbytes
+    full = model.to_float(ms.float16)(tensor(x)).asnumpy().astype(np.float32)
+    session = DecodingSession(model, 2, prefill_chunk=4, prefill_threshold=4)
+    assert not session.use_kernels and session.nbytes == size / 2
+    decoded = feed_in_pieces(session, x, (6, 1, 6))
+    np.testing.assert_allclose(decoded, full, atol=1e-2 * abs(full).max())
+
+
+def test_a_cast_to_the_same_type_is_no_operator():
+    x = tensor(np.ones((2, 3)))
+    assert cast(x, ms.float32) is x and widen(x) is x
