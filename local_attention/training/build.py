@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from mindspore.common.initializer import initializer
+
 from local_attention.training.checkpoint import read, restore
 from local_attention.training.config import ModelConfig
 from local_attention.training.schema import as_dict, parse
@@ -12,6 +14,14 @@ from local_attention.transformer import LocalTransformer
 def build_model(config: ModelConfig) -> LocalTransformer:
     """Build the ``LocalTransformer`` that a config describes."""
     return LocalTransformer(**as_dict(config))
+
+
+def zero_outputs(model: LocalTransformer) -> None:
+    """Set the last weights of attention and feed-forward to zero, so that layers change nothing before training."""
+    for layer in model.layers:
+        for branch in (layer.attention, layer.feed_forward):
+            weight = branch.to_out.weight
+            weight.set_data(initializer("zeros", weight.shape, weight.dtype))
 
 
 def load_model(checkpoint: str | Path) -> tuple[LocalTransformer, dict[str, Any]]:

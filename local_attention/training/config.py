@@ -139,6 +139,10 @@ class TrainConfig:
     stop_after: Annotated[
         Count | None, Help("or after that many evaluations without a new best; null: evaluations do not end it")
     ] = None
+    zero_init_outputs: Annotated[
+        StrictBool,
+        Help("the last weights of attention and feed-forward begin at zero, so that at first layers change nothing"),
+    ] = False
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     max_bad_steps: Annotated[
         Count, Help("the run gives up after that many steps in a row whose loss or gradient is not finite")
