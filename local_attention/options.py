@@ -257,11 +257,6 @@ class LanguageModelOptions(WindowOptions, HeadsOptions, SizeOptions):
         NotInOriginal(),
         Help("learned absolute positions; without them sequences can have any length"),
     ] = True
-    zero_init_outputs: Annotated[
-        StrictBool,
-        NotInOriginal(),
-        Help("the last weights of attention and feed-forward begin at zero: before training, layers change nothing"),
-    ] = False
     use_dynamic_pos_bias: Annotated[
         StrictBool,
         Help("a bias that a small network computes from the distance, in place of rotary embeddings"),

@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
 from local_attention.dropout import Recomputable
@@ -108,9 +108,6 @@ class LocalTransformer(Recomputable):
                 else LocalMHA(**vars(options.mha(number)))
             )
             feed_forward = FeedForward(dim, options.ff_mult, options.ff_dropout)
-            if options.zero_init_outputs:
-                for branch in (attention, feed_forward):
-                    branch.to_out.weight.set_data(initializer("zeros", branch.to_out.weight.shape, ms.float32))
             global_attention = deepcopy(options.global_attn_layer) if number in inserted else None
             # the index of a branch decides which stream it reads before training
             connections = [connection(dim, streams, 3 * number + branch) for branch in range(3)]

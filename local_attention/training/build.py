@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+from mindspore.common.initializer import initializer
 
 from local_attention.training.checkpoint import read, restore
 from local_attention.training.config import ModelConfig
@@ -17,6 +18,14 @@ def build_model(config: ModelConfig, precision: str = "float32") -> LocalTransfo
     if precision != "float32":
         model.to_float(getattr(ms, precision))
     return model
+
+
+def zero_outputs(model: LocalTransformer) -> None:
+    """Set the last weights of attention and feed-forward to zero, so that layers change nothing before training."""
+    for layer in model.layers:
+        for branch in (layer.attention, layer.feed_forward):
+            weight = branch.to_out.weight
+            weight.set_data(initializer("zeros", weight.shape, weight.dtype))
 
 
 def load_model(checkpoint: str | Path, precision: str = "float32") -> tuple[LocalTransformer, dict[str, Any]]:

@@ -143,6 +143,10 @@ class TrainConfig:
     stop_after: Annotated[
         Count | None, Help("or after that many evaluations without a new best; null: evaluations do not end it")
     ] = None
+    zero_init_outputs: Annotated[
+        StrictBool,
+        Help("the last weights of attention and feed-forward begin at zero, so that at first layers change nothing"),
+    ] = False
     clip_norm: Annotated[Positive, Help("global norm that gradients are scaled down to")] = 0.5
     precision: Precision = "float32"
     loss_scale: Annotated[

@@ -59,6 +59,14 @@ def test_a_finished_run_that_goes_on_in_another_directory_can_be_continued_there
     assert (commands.folder / "runs/elsewhere/summary.json").exists()
 
 
+def test_outputs_of_layers_may_begin_at_zero(commands):
+    run = commands.train("runs/zero", "train.zero_init_outputs=true", "train.max_steps=1", "optimizer.lr=1e-12")
+    assert run.returncode == 0, run.stderr
+    for name, weight in load_file(commands.folder / "runs/zero/checkpoints/best").items():
+        if name.startswith("model.layers."):
+            assert (abs(weight).max() < 1e-9) == name.endswith("to_out.weight") or "norm" in name
+
+
 @pytest.fixture(scope="module")
 def fine_tuned(commands, finished_run):
     """A run that begins with the weights of another one, on other data and with another optimizer; its output."""

@@ -551,17 +551,3 @@ def test_readme_transformer_of_8192_tokens(length):
     x = ms.ops.randint(0, 256, (1, length))
     logits = model(x)
     assert logits.shape == (1, length, 256)
-
-
-@pytest.mark.parametrize("streams", [1, 2])
-def test_with_outputs_that_begin_at_zero_layers_pass_on_their_input_and_learn(streams):
-    sizes = dict(num_tokens=7, max_seq_len=8, dim=8, depth=2, heads=2, dim_head=4, local_attn_window_size=4)
-    sizes["num_residual_streams"] = streams
-    tokens = tensor(np.arange(8)[None] % 7)
-    plain, zero = (LocalTransformer(**sizes, zero_init_outputs=on) for on in (False, True))
-    for model, same in ((plain, False), (zero, True)):
-        embedded = model.embed_next(tokens, None, tensor(np.arange(8))) * streams  # whose sum goes to the logits
-        embedded = model.logits(embedded).asnumpy()
-        assert np.allclose(model(tokens).asnumpy(), embedded, atol=1e-5) == same
-    step = ms.value_and_grad(Loss(zero), None, zero.layers[0].attention.to_out.weight)
-    assert abs(step(tokens)[1].asnumpy()).max() > 1e-6

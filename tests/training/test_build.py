@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from local_attention.training.build import build_model, load_model
+from local_attention.training.build import build_model, load_model, zero_outputs
 from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.config import ModelConfig, OptimizerConfig, RunConfig
 from local_attention.training.errors import CheckpointError
@@ -140,3 +140,20 @@ def test_a_checkpoint_of_any_run_is_loaded_to_compute_in_the_type_given(tmp_path
         np.testing.assert_array_equal(parameter.asnumpy(), same.asnumpy())
     wanted, out = single(TOKENS).asnumpy(), half(TOKENS).asnumpy()
     assert 0 < abs(out - wanted).max() < 1e-2
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_with_zero_outputs_layers_change_nothing_but_learn(streams):
+    model = built(depth=2, num_residual_streams=streams)
+    positions = Tensor(np.arange(16), ms.int32)
+
+    def difference():
+        embedded = model.embed_next(TOKENS, None, positions) * streams  # whose sum goes to the logits
+        return abs(model(TOKENS).asnumpy() - model.logits(embedded).asnumpy()).max()
+
+    assert difference() > 1e-3
+    zero_outputs(model)
+    assert difference() < 1e-5
+    weights = [layer.attention.to_out.weight for layer in model.layers]
+    loss = ms.value_and_grad(lambda x: model(x, return_loss=True), None, weights)
+    assert all(abs(gradient.asnumpy()).max() > 1e-6 for gradient in loss(TOKENS)[1])
