@@ -80,7 +80,8 @@ class TypedCell(nn.Cell):
     """A cell that casts by itself. ``to_float`` and ``mindspore.amp`` only say what it computes in: ``compute_type``.
 
     MindSpore marks all cells within, shared ones included, and casts the inputs of marked cells, eagerly those of each
-    operator, so that no norm could be in float32. Level "auto" of ``auto_mixed_precision`` replaces ``construct`` by a function that does so.
+    operator, so that no norm could be in float32. Level "auto" of ``auto_mixed_precision`` replaces ``construct`` by a
+    function that does so.
     """
 
     compute_type = None  # None: that of the inputs

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mindspore import amp, nn
 
+from local_attention import LocalMHA
 from local_attention.decoding import DecodingSession
 from local_attention.decoding.kept import kept_session
 from local_attention.precision import cast, widen
@@ -107,6 +108,23 @@ def test_a_cell_around_a_model_passes_its_type_on():
     model, x = transformer(), sequences(1, 6)
     net = nn.SequentialCell(model)
     assert net.to_float(ms.float16)(tensor(x)).dtype == ms.float16
+
+
+class Net(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.project, self.mha = nn.Dense(6, 6), LocalMHA(dim=6, window_size=3, dim_head=4, heads=2)
+
+    def construct(self, x):
+        return self.mha(self.project(x))
+
+
+def test_level_o1_leaves_cells_within_another_network_in_float32(rng, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where MindSpore writes the code of the new network
+    net, x = Net(), rng.standard_normal((1, 6, 6))
+    wanted, mixed = run(net, x), amp.auto_mixed_precision(net, "O1")
+    assert mixed.mha.compute_type is None
+    assert 0 < abs(run(mixed, x) - wanted).max() < 1e-2  # the linear layer is in float16
 
 
 def test_bfloat16_is_refused_where_it_cannot_be_computed_in():
