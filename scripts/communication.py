@@ -23,7 +23,6 @@ from local_attention.training.build import build_model
 from local_attention.training.config import RunConfig, run_config
 
 RECIPES = (
-    ["experiment=quickstart"],
     ["experiment=cpu_10min"],
     ["model=small"],
     ["model=base"],
