@@ -146,7 +146,7 @@ def test_a_config_of_a_command_begins_with_the_command(file):
 def test_each_key_has_one_line_of_help_one_type_and_if_a_number_a_range(schema):
     for key, option in keys_of(schema).items():
         assert len(option.help) > 4 and "\n" not in option.help, key
-        assert option.kind in ("integer", "number", "boolean", "string"), key
+        assert option.kind in ("integer", "number", "boolean", "string", "array"), key
         assert bool(option.bounds) == (option.kind in ("integer", "number")), key
 
 

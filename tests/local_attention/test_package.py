@@ -62,6 +62,7 @@ def test_every_public_name_has_a_docstring_and_that_name(name):
 def test_the_public_names_are_these():
     assert sorted(local_attention.__all__) == [
         "DynamicPositionBias",
+        "GlobalAttention",
         "LocalAttention",
         "LocalMHA",
         "LocalTransformer",
@@ -96,7 +97,7 @@ def test_the_version_is_there_without_an_installation():
 
 
 def test_an_unknown_attribute_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'local_attention' has no attribute 'GlobalAttention'"):
-        operator.attrgetter("GlobalAttention")(local_attention)
+    with pytest.raises(AttributeError, match="'local_attention' has no attribute 'SparseAttention'"):
+        operator.attrgetter("SparseAttention")(local_attention)
     with pytest.raises(ImportError):
-        exec("from local_attention import GlobalAttention")
+        exec("from local_attention import SparseAttention")

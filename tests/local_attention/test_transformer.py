@@ -74,8 +74,14 @@ WANTED = dict(depth=2, heads=2, rotary=True, window_size=3, causal=True, exact_w
             dict(local_attn_window_size=[2, 2, 4], depth=3, use_dynamic_pos_bias=True),
             dict(window_size=[2, 2, 4], depth=3, rotary=False),
         ),
-        (dict(global_attn_layers=[2]), dict(window_size=[3, 24], look_backward=[1, 0])),
-        (dict(global_attn_layers=[1, 2], causal=False), dict(window_size=24, look_backward=0, causal=False)),
+        (
+            dict(global_attn_layers=[2]),
+            dict(window_size=[3, 24], look_backward=[1, 0], exact_windowsize=[True, False]),
+        ),
+        (
+            dict(global_attn_layers=[1, 2], causal=False),
+            dict(window_size=24, look_backward=0, exact_windowsize=False, causal=False),
+        ),
         (dict(num_residual_streams=2), dict(streams=2)),
         (dict(num_residual_streams=3, use_dynamic_pos_bias=True), dict(streams=3, rotary=False)),
     ],
@@ -171,7 +177,8 @@ def test_a_mask_hides_tokens_from_global_attention(rng):
     model, p = transformer(global_attn_layers=[1], global_attn_layer=inserted, layers_insert_global_attn=[2])
     x, mask = tokens(rng, 2, 10), rng.random((2, 10)) < 0.6
     whole = dict(window_size=24, look_backward=0, causal=True, rotary=True, mask=mask)
-    wanted = WANTED | dict(window_size=[24, 3], look_backward=[0, 1], mask=mask, inserted=[2])
+    wanted = WANTED | dict(window_size=[24, 3], look_backward=[0, 1], exact_windowsize=[False, True])
+    wanted |= dict(mask=mask, inserted=[2])
     wanted["global_attention"] = partial(reference.mha, heads=3, prenorm=False, **whole)
     logits = model(tensor(x), mask=ms.Tensor(mask)).asnumpy()
     np.testing.assert_allclose(logits, reference.transformer(x, p, **wanted), atol=2e-5)
