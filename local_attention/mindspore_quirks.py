@@ -102,7 +102,7 @@ class TypedCell(nn.Cell):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "amp_strategy":
             self.to_float(value.get_amp_dtype())
-        elif name != "construct" or getattr(value, "__func__", value).__globals__ is not vars(amp):
+        elif name != "construct" or getattr(value, "__globals__", None) is not vars(amp):
             super().__setattr__(name, value)
 
 

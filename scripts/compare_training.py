@@ -35,7 +35,7 @@ from local_attention.training.command import print_error
 from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.device import use_device
 from local_attention.training.errors import UsageError
-from local_attention.training.optimizer import build_optimizer
+from local_attention.training.optimizer import build_optimizer, loss_scaler
 from local_attention.training.step import TrainStep
 
 TOLERANCE = 1e-3
@@ -73,12 +73,12 @@ def main() -> int:
     iterator = BatchIterator(data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
     batches = [iterator.batch(step) for step in range(train.max_steps or 0)]
 
-    use_device(config.device.target)
+    use_device(config.device.target, train.precision)
     ms.set_seed(config.seed)
-    model = build_model(config.model)
-    step = TrainStep(
-        model, build_optimizer(config.optimizer, model.trainable_params()), train.grad_accum_every, train.clip_norm
-    ).set_train()
+    model = build_model(config.model, train.precision)
+    scaler = loss_scaler(train.precision, train.loss_scale)
+    our_optimizer = build_optimizer(config.optimizer, model.trainable_params(), scaler)
+    step = TrainStep(model, our_optimizer, train.grad_accum_every, train.clip_norm).set_train()
     adam = config.optimizer
     theirs = original_model(model, config.model)
     optimizer = torch.optim.Adam(theirs.parameters(), adam.lr, (adam.beta1, adam.beta2), adam.eps)

@@ -118,6 +118,24 @@ def test_its_metrics_are_those_of_the_uninterrupted_one(finished_run, interrupte
     assert metrics(interrupted_run) == metrics(finished_run[0])
 
 
+@pytest.mark.slow
+def test_a_run_in_float16_that_is_killed_ends_with_the_bits_of_one_that_is_not(commands):
+    half = ["train.precision=float16", "train.loss_scale=1048576", DROPOUT]
+    returned, printed, err = commands.train_until("step      8", signal.SIGKILL, "runs/half_killed", *half)
+    assert returned == -signal.SIGKILL, err
+    assert "skipped: loss" in printed and "the loss scale is now 524288" in printed
+    for name in ("runs/half_killed", "runs/half"):
+        result = commands.train(name, *half)
+        assert result.returncode == 0, result.stderr
+    killed, whole = (
+        load_file(commands.folder / name / "checkpoints/step-00000012.safetensors")
+        for name in ("runs/half_killed", "runs/half")
+    )
+    assert killed.keys() == whole.keys() and whole["loss_scaler.scale"] < 1048576
+    for tensor in whole:
+        np.testing.assert_array_equal(killed[tensor], whole[tensor], err_msg=tensor)
+
+
 def test_it_leaves_no_incomplete_files(interrupted_run):
     assert not [path for path in interrupted_run.rglob("*") if "partial" in path.name]
 
