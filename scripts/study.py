@@ -1,6 +1,6 @@
 """Compare recipes: train each with several seeds, and print a table of their scores with confidence intervals.
 
-    python scripts/study.py STUDY.yaml FOLDER [override ...]
+    python scripts/study.py STUDY.yaml FOLDER [-o PLOT.png] [override ...]
 
 ``STUDY.yaml`` has three keys: ``overrides`` of ``train.py`` that all runs share, a list of ``seeds``, and ``recipes``,
 each a name and a list of further overrides. The first recipe is the one that the others are compared with. Overrides on
@@ -143,12 +143,32 @@ def table(found: Mapping[str, Mapping[int, Summary]]) -> Iterator[str]:
         yield "warning: not all runs have seen the same number of bytes; let train.max_steps end them, not minutes"
 
 
+def plot(found: Mapping[str, Mapping[int, Summary]], output: Path) -> None:
+    """Draw the test score of each run, one line of points for each recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.35 * len(found)), layout="constrained")
+    for row, runs in enumerate(found.values()):
+        scores = [run["test_bpb"] for run in runs.values()]
+        axes.plot(scores, [row] * len(scores), "o", color="tab:blue")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.set_xlabel("test bits per byte")
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
 def main() -> int:
     accept_any_output()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="STUDY.yaml")
     parser.add_argument("folder", type=Path, help="folder of the runs, such as runs/study")
     parser.add_argument("overrides", nargs="*", help="of train.py, for all runs")
+    parser.add_argument("-o", dest="plot", type=Path, metavar="PLOT.png", help="draw the scores of all runs")
     arguments = parser.parse_args()
     try:
         study = read_study(arguments.study)
@@ -156,7 +176,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     status = train(study, arguments.folder, arguments.overrides)
-    print("\n".join(table(results(study, arguments.folder))))
+    found = results(study, arguments.folder)
+    print("\n".join(table(found)))
+    if arguments.plot:
+        plot(found, arguments.plot)
     if status:
         print(f"interrupted; continue:  {shlex.join(['python', *sys.argv])}", file=sys.stderr)
     return abs(status)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import yaml
 
@@ -68,6 +69,11 @@ def test_each_recipe_is_trained_with_each_seed_and_compared_with_the_first(call)
     interval = 4.303 * statistics.stdev([1, 11, 41]) / 3**0.5
     assert plain == ["plain", "3", "100", f"18.6667 ± {interval:.4f}", f"17.6667 ± {interval:.4f}", "50", "2.00 GB"]
     assert better[5] == "-0.5000 ± 0.0000"  # of the same seed, so that the seeds' own differences do not count
+
+
+def test_the_scores_are_drawn(call, tmp_path):
+    assert call(STUDY, "-o", str(tmp_path / "plot.png"))[0] == 0
+    assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0.01
 
 
 def test_overrides_of_the_command_line_come_last_and_other_numbers_of_bytes_are_pointed_out(call):
