@@ -169,7 +169,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of the runs, such as runs/study")
     parser.add_argument("overrides", nargs="*", help="of train.py, for all runs")
     parser.add_argument("-o", dest="plot", type=Path, metavar="PLOT.png", help="draw the scores of all runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         study = read_study(arguments.study)
     except (OSError, ValueError) as error:
