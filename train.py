@@ -12,7 +12,7 @@ def main(config: RunConfig) -> int | None:
     import data
     from local_attention.training import run_dir, start, summary
     from local_attention.training.batches import batch_dataset
-    from local_attention.training.build import build_model, zero_outputs
+    from local_attention.training.build import build_model, compute_in, zero_outputs
     from local_attention.training.callbacks import Evaluate, Report, Sample, SaveLast, StepController, Stop, make_up
     from local_attention.training.device import use_device, warn_if_memory_is_short
     from local_attention.training.distributed import explain_lost_worker, init_distributed
@@ -44,7 +44,7 @@ def main(config: RunConfig) -> int | None:
 
     # Build the model, its optimizer and the train step.
     distributed.set_seed(config.seed)
-    model = build_model(config.model, train.precision)
+    model = compute_in(build_model(config.model), train.precision)
     if train.zero_init_outputs:
         zero_outputs(model)
     scaler = loss_scaler(train.precision, train.loss_scale)

@@ -30,7 +30,7 @@ import data
 from local_attention import LocalTransformer
 from local_attention.torch_state import torch_state
 from local_attention.training.batches import BatchIterator
-from local_attention.training.build import build_model
+from local_attention.training.build import build_model, compute_in
 from local_attention.training.command import print_error
 from local_attention.training.config import ModelConfig, run_config
 from local_attention.training.device import use_device
@@ -75,7 +75,7 @@ def main() -> int:
 
     use_device(config.device.target, train.precision)
     ms.set_seed(config.seed)
-    model = build_model(config.model, train.precision)
+    model = compute_in(build_model(config.model), train.precision)
     scaler = loss_scaler(train.precision, train.loss_scale)
     our_optimizer = build_optimizer(config.optimizer, model.trainable_params(), scaler)
     step = TrainStep(model, our_optimizer, train.grad_accum_every, train.clip_norm).set_train()

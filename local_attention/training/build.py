@@ -12,9 +12,13 @@ from local_attention.training.schema import as_dict, parse
 from local_attention.transformer import LocalTransformer
 
 
-def build_model(config: ModelConfig, precision: str = "float32") -> LocalTransformer:
-    """Build the ``LocalTransformer`` that a config describes, in float32, to compute in ``precision``."""
-    model = LocalTransformer(**as_dict(config))
+def build_model(config: ModelConfig) -> LocalTransformer:
+    """Build the ``LocalTransformer`` that a config describes, in float32."""
+    return LocalTransformer(**as_dict(config))
+
+
+def compute_in(model: LocalTransformer, precision: str) -> LocalTransformer:
+    """Let a model compute in ``precision``, with its weights in float32; returns it."""
     if precision != "float32":
         model.to_float(getattr(ms, precision))
     return model
@@ -35,6 +39,6 @@ def load_model(checkpoint: str | Path, precision: str = "float32") -> tuple[Loca
         CheckpointError: the checkpoint is missing or corrupt.
     """
     tensors, meta = read(checkpoint)
-    model = build_model(parse(ModelConfig, meta["config"]["model"]), precision)
+    model = compute_in(build_model(parse(ModelConfig, meta["config"]["model"])), precision)
     restore(tensors, model)
     return model.set_train(False), meta

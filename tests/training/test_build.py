@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from local_attention.training.build import build_model, load_model, zero_outputs
+from local_attention.training.build import build_model, compute_in, load_model, zero_outputs
 from local_attention.training.checkpoint import Checkpoints, tensors_of
 from local_attention.training.config import ModelConfig, OptimizerConfig, RunConfig
 from local_attention.training.errors import CheckpointError
@@ -131,7 +131,7 @@ def test_a_checkpoint_whose_tensors_do_not_match_its_config_is_refused(saved):
 
 def test_a_checkpoint_of_any_run_is_loaded_to_compute_in_the_type_given(tmp_path):
     config = ModelConfig(**SMALL)
-    model = build_model(config, "float16")
+    model = compute_in(build_model(config), "float16")
     path = Checkpoints(tmp_path).save(tensors_of(model), {"step": 1, "config": as_dict(RunConfig(model=config))})
     single, half = load_model(path)[0], load_model(path, "float16")[0]
     assert (single.dtype, half.dtype) == (ms.float32, ms.float16)
