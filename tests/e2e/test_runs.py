@@ -59,6 +59,7 @@ def test_a_finished_run_that_goes_on_in_another_directory_can_be_continued_there
     assert (commands.folder / "runs/elsewhere/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_outputs_of_layers_may_begin_at_zero(commands):
     run = commands.train("runs/zero", "train.zero_init_outputs=true", "train.max_steps=1", "optimizer.lr=1e-12")
     assert run.returncode == 0, run.stderr

@@ -22,6 +22,7 @@ from tests.local_attention.cells import (
     portable,
     randomise,
     run,
+    slowly_in_a_graph,
     tensor,
     value_and_gradients,
 )
@@ -89,7 +90,7 @@ def test_each_example_differs_from_the_output_without_the_option(name, rng):
     assert abs(with_it - without_it).max() > 1e-3
 
 
-@both_modes
+@slowly_in_a_graph
 @both_paths
 @pytest.mark.parametrize(
     "options",
@@ -219,7 +220,7 @@ def test_weights_are_dropped_in_training_only_and_by_a_copy_differently(rng):
     np.testing.assert_allclose(run(cell.set_train(False), x), definition(x), atol=1e-5)
 
 
-@both_modes
+@slowly_in_a_graph
 def test_recomputation_gives_the_same_gradients(mode, rng):
     x, cotangent = rng.standard_normal((2, 1, 11, 6))
     cells = [portable(lambda: attention(causal=True)[0]) for _ in range(2)]

@@ -50,7 +50,7 @@ def loss_and_gradients(what, options):
         ("eager", "portable", "inner cells", DROPOUT),
         pytest.param("eager", "fused", "inner cells", {}, marks=needs_fused),
         pytest.param("graph", "fused", "layers", {}, marks=needs_fused),
-        ("graph", "portable", "layers", {}),
+        pytest.param("graph", "portable", "layers", {}, marks=pytest.mark.slow),
         *(
             pytest.param("graph", path, what, EVERYTHING | options, marks=[pytest.mark.slow, *marks])
             for path, options, marks in (("fused", {}, [needs_fused]), ("portable", DROPOUT, []))

@@ -218,9 +218,9 @@ OF_LENGTHS = {
     "xPos": dict(use_xpos=True, use_abs_pos_emb=False, look_backward=2),
     "learned positions": dict(use_rotary_pos_emb=False),
     "n-grams and restarts": dict(max_seq_len=7, **NGRAMS),
-    "hyper-connections": dict(num_residual_streams=3, depth=2),
 }
 OF_LENGTHS_SLOW = {
+    "hyper-connections": dict(num_residual_streams=3, depth=2),
     "whole windows": dict(exact_windowsize=False),
     "restarts": dict(max_seq_len=6),
     "n-grams": dict(use_abs_pos_emb=False, **NGRAMS),

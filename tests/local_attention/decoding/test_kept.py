@@ -132,6 +132,7 @@ def test_a_cache_may_be_used_for_several_continuations(mode, use_kernels, monkey
     assert session.position == 8
 
 
+@pytest.mark.slow
 @in_a_graph
 def test_a_cache_of_global_attention_may_be_used_after_the_session_has_grown(mode, monkeypatch):
     monkeypatch.setattr("local_attention.decoding.session.FIRST_CAPACITY", 8)
