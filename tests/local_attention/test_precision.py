@@ -60,8 +60,12 @@ def in_half(model, level):
     return model.to_float(ms.float16) if level == "to_float" else amp.auto_mixed_precision(model, level)
 
 
-@slowly_in_a_graph
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("mode", "level"),
+    [("eager", level) for level in LEVELS]
+    + [pytest.param("graph", level, marks=pytest.mark.slow) for level in ("to_float", "O1", "auto")],
+    indirect=["mode"],
+)
 def test_a_model_in_half_precision_predicts_learns_and_generates(level, mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, single = sequences(2, 11), transformer(**OPTIONS)

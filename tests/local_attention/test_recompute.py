@@ -53,8 +53,10 @@ def loss_and_gradients(what, options):
         pytest.param("graph", "portable", "layers", {}, marks=pytest.mark.slow),
         *(
             pytest.param("graph", path, what, EVERYTHING | options, marks=[pytest.mark.slow, *marks])
-            for path, options, marks in (("fused", {}, [needs_fused]), ("portable", DROPOUT, []))
-            for what in ("layers", "branches")
+            for path, what, options, marks in (
+                ("fused", "branches", {}, [needs_fused]),
+                ("portable", "layers", DROPOUT, []),
+            )
         ),
     ],
     indirect=["mode", "path"],

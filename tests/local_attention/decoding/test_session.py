@@ -109,7 +109,7 @@ def test_cached_logits_equal_the_full_pass_in_a_graph(mode, use_kernels):
 
 @for_all(
     4,
-    40,
+    25,
     options=st.fixed_dictionaries(
         dict(
             heads=st.integers(1, 3),
