@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("study", type=Path, help="STUDY.yaml")
     parser.add_argument("folder", type=Path, help="folder of the runs, such as runs/study")
     parser.add_argument("overrides", nargs="*", help="of train.py, for all runs")
-    parser.add_argument("-o", dest="plot", type=Path, metavar="PLOT.png", help="draw the scores of all runs")
+    parser.add_argument("-o", "--output", type=Path, metavar="PLOT.png", help="draw the scores of all runs")
     arguments = parser.parse_intermixed_args()
     try:
         study = read_study(arguments.study)
@@ -178,8 +178,8 @@ def main() -> int:
     status = train(study, arguments.folder, arguments.overrides)
     found = results(study, arguments.folder)
     print("\n".join(table(found)))
-    if arguments.plot:
-        plot(found, arguments.plot)
+    if arguments.output:
+        plot(found, arguments.output)
     if status:
         print(f"interrupted; continue:  {shlex.join(['python', *sys.argv])}", file=sys.stderr)
     return abs(status)
