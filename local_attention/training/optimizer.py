@@ -145,15 +145,13 @@ class Muon(Adam):
             (begin, end, self.parameters[begin:end], self.moment1[begin:end], max(1.0, m / n) ** 0.5)
             for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
         )
-        self.row_squares = tuple(  # of each group, (matrices, rows, 1)
+        self.row_squares = ms.ParameterTuple(  # of each group, (matrices, rows, 1)
             Parameter(
                 Tensor(np.zeros((end - begin, m, 1), np.float32)), name=f"row_squares.{m}x{n}", requires_grad=False
             )
             for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
             if row_decay > 0
         )
-        for number, squares in enumerate(self.row_squares):
-            self.insert_param_to_cell(f"row_squares_{number}", squares)
         self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
         self.matmul = ops.BatchMatMul()
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
