@@ -216,11 +216,11 @@ def test_type_checkers_see_its_types(outside):
         "from local_attention import LocalAttention, __version__\n"
         "reveal_type(__version__)\n"
         "reveal_type(LocalAttention)\n"
-        "from local_attention import GlobalAttention\n"
+        "from local_attention import NoSuchAttention\n"
     )
     environment = os.environ | {"MYPYPATH": ""}
     command = [sys.executable, "-m", "mypy", "--python-executable", python, "--ignore-missing-imports", "typed.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert "typed.py:2: note: Revealed type is" in done.stdout and "str" in done.stdout.splitlines()[0], done.stdout
     assert "local_attention.local_attention.LocalAttention" in done.stdout, done.stdout
-    assert 'Module "local_attention" has no attribute "GlobalAttention"' in done.stdout, done.stdout
+    assert 'Module "local_attention" has no attribute "NoSuchAttention"' in done.stdout, done.stdout
