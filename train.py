@@ -28,7 +28,7 @@ def main(config: RunConfig) -> int | None:
 
     hydra = HydraConfig.get()
     log_to_terminal()
-    use_device(config.device.target, config.train.precision)
+    use_device(config.device.target, config.train.precision, "train.precision")
     distributed = init_distributed(config.parallel)  # a single process, unless msrun has started several
 
     # Find out where the run writes and what it starts from.

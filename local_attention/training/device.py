@@ -15,12 +15,13 @@ from local_attention.transformer import LocalTransformer
 log = logging.getLogger("train")
 
 
-def use_device(target: str, precision: str = "float32") -> None:
+def use_device(target: str, precision: str = "float32", key: str = "device.precision") -> None:
     """Compile static graphs for ``target``: CPU, GPU or Ascend, or "auto" for MindSpore's default.
 
     Args:
         target: the device.
         precision: the type that will be computed in.
+        key: what gives the type on the command line, for the error.
 
     Raises:
         UsageError: this installation of MindSpore does not support the target, or the target not the type.
@@ -37,7 +38,7 @@ def use_device(target: str, precision: str = "float32") -> None:
     try:
         require_computable(getattr(ms, precision))
     except ValueError as error:
-        raise UsageError(f"precision={precision}: {error}") from None
+        raise UsageError(f"{key}={precision}: {error}") from None
 
 
 def peak_memory_bytes() -> int:

@@ -4,6 +4,8 @@ import pytest
 
 from tests.e2e.conftest import TINY
 
+NO_BFLOAT16 = "bfloat16: MindSpore's operators for CPUs do not multiply matrices in bfloat16: use float32"
+
 
 def one_line_error(result, status=2):
     assert result.returncode == status, result.stderr
@@ -32,6 +34,7 @@ def one_line_error(result, status=2):
         (["max_steps"], "max_steps"),
         (["device.target=TPU"], "device.target=TPU: expected one of auto, CPU, GPU, Ascend"),
         (["resume=nowhere"], "resume=nowhere: no such run directory or checkpoint"),
+        (["device.target=CPU", "train.precision=bfloat16"], f"train.precision={NO_BFLOAT16}"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -61,6 +64,13 @@ def test_a_usage_error_in_training_is_one_line_and_status_2(commands, overrides,
 )
 def test_a_usage_error_in_sampling_is_one_line_and_status_2(commands, overrides, expected):
     assert expected in one_line_error(commands.call("generate.py", *overrides))
+
+
+@pytest.mark.parametrize("program", ["generate.py", "scripts/evaluate.py", "scripts/score.py"])
+def test_a_type_that_a_trained_model_cannot_be_computed_in_is_refused_by_its_key(finished_run, commands, program):
+    file = [f"file={commands.text}"] if program == "scripts/score.py" else []
+    result = commands.call(program, "run=runs/whole", *file, "device.target=CPU", "device.precision=bfloat16")
+    assert f"device.precision={NO_BFLOAT16}" in one_line_error(result)
 
 
 @pytest.mark.parametrize(("program", "key"), [("train.py", "train.max_steps"), ("generate.py", "length")])

@@ -39,8 +39,11 @@ def test_auto_leaves_the_target_to_mindspore(calls):
 
 def test_a_type_that_the_device_cannot_compute_in_is_refused(calls):
     use_device("CPU", "float16")
-    with pytest.raises(UsageError, match=r"^precision=bfloat16: .* do not multiply matrices in bfloat16: use float32"):
+    refusal = "=bfloat16: .* do not multiply matrices in bfloat16: use float32"
+    with pytest.raises(UsageError, match=f"^device.precision{refusal}"):
         use_device("CPU", "bfloat16")
+    with pytest.raises(UsageError, match=f"^train.precision{refusal}"):
+        use_device("CPU", "bfloat16", "train.precision")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
