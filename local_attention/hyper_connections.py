@@ -47,7 +47,7 @@ class HyperConnection(TypedCell):
         The norm's scale is folded into the small matrix, its division into the products, which are narrow. Computed in
         at least float32.
         """
-        dtype, (rows, s, d) = x.dtype, x.shape
+        rows, s, d = x.shape
         x = widen(x).reshape((rows * s, d))
         matrix = ops.cat((self.dynamic_alpha_fn, self.dynamic_beta_fn.reshape((d, 1))), 1)
         matrix = matrix * ((self.gamma + 1) * d**0.5).reshape((d, 1))
@@ -56,17 +56,19 @@ class HyperConnection(TypedCell):
         alpha = (dynamic[:, : s + 1] * self.dynamic_alpha_scale).reshape((rows, s * (s + 1)))
         alpha = self.add_bias(alpha, self.static_alpha.reshape(-1)).reshape((rows, s, s + 1))
         beta = (dynamic[:, s + 1] * self.dynamic_beta_scale).reshape((rows, s))
-        return cast(alpha, dtype), cast(self.add_bias(beta, self.static_beta), dtype)
+        return alpha, self.add_bias(beta, self.static_beta)
 
     def pre(self, x):
         """The input of a branch, ``(rows, d)``, the mixed streams and beta, from the streams ``x: (rows, s, d)``."""
         alpha, beta = self.weights(x)
+        dtype, x = x.dtype, widen(x)
         branch_input = self.mix_tn(alpha[:, :, :1], x).reshape((-1, self.dim))
-        return branch_input, self.mix_tn(alpha[:, :, 1:], x), beta
+        return cast(branch_input, dtype), cast(self.mix_tn(alpha[:, :, 1:], x), dtype), beta
 
     def post(self, out, mixed, beta):
         """Add a branch's output ``(rows, d)`` to the mixed streams: ``(rows, s, d)``."""
-        return mixed + self.mix(beta.reshape((-1, self.streams, 1)), out.reshape((-1, 1, self.dim)))
+        added = self.mix(beta.reshape((-1, self.streams, 1)), widen(out).reshape((-1, 1, self.dim)))
+        return cast(widen(mixed) + added, mixed.dtype)
 
 
 class Residual(TypedCell):

@@ -11,7 +11,7 @@ from local_attention.einops_mindspore import Rearrange
 from local_attention.layers import AddBias, L2Norm, LayerNorm, Product, dense, tree_map
 from local_attention.local_attention import LocalAttention
 from local_attention.options import GlobalAttentionOptions, LocalMHAOptions, accepts
-from local_attention.precision import cast, constant, require_computable
+from local_attention.precision import cast, constant, require_computable, widen
 
 
 class MultiHeadAttention(Recomputable):
@@ -83,7 +83,7 @@ class MultiHeadAttention(Recomputable):
             q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
         if self.to_v_gate is None:
             return q, k, v, None
-        return q, k, v, self.add_bias(products[3], self.to_v_gate.bias)
+        return q, k, v, self.add_bias(widen(products[3]), self.to_v_gate.bias)
 
     def normalise(self, x, scale):
         """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
@@ -94,7 +94,8 @@ class MultiHeadAttention(Recomputable):
     def merge(self, out, gates):
         """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
         if gates is not None:
-            out = out * ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head, out.dtype))
+            gates = ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head, gates.dtype))
+            out = cast(widen(out) * gates, out.dtype)
         return self.product(out, self.to_out.weight)
 
 

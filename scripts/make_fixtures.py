@@ -347,18 +347,21 @@ def original_call(case: Any, module: torch.nn.Module, arguments: dict[str, Any])
     return module(**arguments)
 
 
-def from_pytorch(case: Any) -> dict[str, np.ndarray]:
-    """Compute output and gradients of inputs and parameters with PyTorch."""
-    module = original_module(case)
+def from_pytorch(case: Any, dtype: torch.dtype = torch.float32) -> dict[str, np.ndarray]:
+    """Compute output and gradients of inputs and parameters with PyTorch, in a floating type."""
+    module = original_module(case).to(dtype)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(dtype) if array.dtype == np.float32 else torch.from_numpy(array)
+
     arguments = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in case.arguments().items()
+        name: tensor(value) if isinstance(value, np.ndarray) else value for name, value in case.arguments().items()
     }
     inputs = {name: value for name, value in arguments.items() if torch.is_tensor(value) and value.is_floating_point()}
     for value in inputs.values():
         value.requires_grad_()
     out = original_call(case, module, arguments)
-    out.backward(torch.as_tensor(case.cotangent(out.shape)))
+    out.backward(torch.as_tensor(case.cotangent(out.shape)).to(out.dtype))
     names = [theirs for theirs, _, _ in case.correspondence(case.build())]
     gradients = inputs | {name: module.get_parameter(name) for name in names}
     return {"out": out.detach().numpy()} | {name: value.grad.numpy() for name, value in gradients.items()}

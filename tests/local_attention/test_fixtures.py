@@ -64,25 +64,33 @@ NOT_IN_CPP = ("DynamicPositionBias", "SinusoidalEmbeddings")
 LESS_VARIED = {kind: slow_but_for(varied(LOADED[kind], 0.6), LOADED[kind]) for kind in IN_CPP}
 
 
-def as_input(x):
-    """Masks and numbers as they are, other arrays as float32 or int32."""
+def as_input(x, dtype):
+    """Masks and numbers as they are, other arrays in a floating type, or as int32."""
     if not isinstance(x, np.ndarray):
         return x
-    return ms.Tensor(x) if x.dtype == bool else tensor(x)
+    return ms.Tensor(x) if x.dtype == bool else tensor(x, dtype)
+
+
+def outputs_and_gradients(case, shape, dtype=ms.float32):
+    """What the cell of a case computes in a type, by name, as ``expected``; ``shape`` is that of the output."""
+    cell, arguments = case.cell(), case.arguments()
+    if dtype != ms.float32:
+        cell.to_float(dtype)
+    cotangent = tensor(case.cotangent(shape), dtype if shape else ms.float32)  # a loss is in float32
+    inputs = [as_input(x, dtype) for x in arguments.values()]
+    value, (of_inputs, of_parameters) = ValueAndAllGradients(cell)(cotangent, *inputs)
+    by_parameter = {name: g.asnumpy() for (name, _), g in zip(cell.parameters_and_names(), of_parameters, strict=True)}
+    found, arrays = {"out": value.asnumpy()}, [name for name, x in arguments.items() if isinstance(x, np.ndarray)]
+    for name, gradient in zip(arrays, of_inputs, strict=True):
+        if arguments[name].dtype == np.float32:
+            found[name] = gradient.asnumpy()
+    return found | case.under_their_names(cell, by_parameter)
 
 
 def check(case, expected):
-    cell, arguments = case.cell(), case.arguments()
-    cotangent = tensor(case.cotangent(expected["out"].shape))
-    value, (of_inputs, of_parameters) = ValueAndAllGradients(cell)(cotangent, *map(as_input, arguments.values()))
-    arrays = [name for name, x in arguments.items() if isinstance(x, np.ndarray)]
-    by_parameter = {name: g.asnumpy() for (name, _), g in zip(cell.parameters_and_names(), of_parameters, strict=True)}
-    found = {
-        name: g.asnumpy() for name, g in zip(arrays, of_inputs, strict=True) if arguments[name].dtype == np.float32
-    }
-    found |= case.under_their_names(cell, by_parameter)
-    assert {"out", *found} == set(expected)
-    np.testing.assert_allclose(value.asnumpy(), expected["out"], rtol=0, atol=1e-5)
+    found = outputs_and_gradients(case, expected["out"].shape)
+    assert set(found) == set(expected)
+    np.testing.assert_allclose(found.pop("out"), expected["out"], rtol=0, atol=1e-5)
     for name, gradient in found.items():
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-4, err_msg=name)
 

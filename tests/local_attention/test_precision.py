@@ -10,6 +10,7 @@ from mindspore import amp, nn
 from local_attention import LocalMHA
 from local_attention.decoding import DecodingSession
 from local_attention.decoding.kept import kept_session
+from local_attention.hyper_connections import HyperConnection
 from local_attention.precision import cast, widen
 from tests.local_attention.backends.test_backends import CELLS, arrays, defined, example, name_of
 from tests.local_attention.cells import (
@@ -47,6 +48,38 @@ def test_every_option_is_computed_in_float16_and_float64(schema, name, mode, rng
     np.testing.assert_allclose(half, exact, atol=2e-3, rtol=2e-3)
     for gradient, wanted in zip(half_gradients, exact_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, atol=1e-2, rtol=1e-2)
+
+
+def assert_rounded_once(found, exact):
+    """``found`` in float16 is at most half a unit in the last place from ``exact``, and a bit."""
+    assert found.dtype == ms.float16 and exact.dtype == ms.float64
+    found, exact = found.asnumpy(), exact.asnumpy()
+    assert (abs(found - exact) < 0.51 * np.spacing(abs(found)).astype(np.float64)).all()
+
+
+def test_weights_of_hyper_connections_are_not_rounded(rng):
+    connection = HyperConnection(4, 3, 0)
+    randomise(connection)
+    x, out = (rng.standard_normal(shape).astype(np.float16).astype(np.float64) for shape in ((5, 3, 4), (5, 4)))
+    (half_input, half_mixed, half_beta), (exact_input, exact_mixed, exact_beta) = (
+        connection.pre(tensor(x, dtype)) for dtype in (ms.float16, ms.float64)
+    )
+    assert_rounded_once(half_input, exact_input)
+    assert_rounded_once(half_mixed, exact_mixed)
+    mixed = half_mixed.astype(ms.float64)
+    assert_rounded_once(
+        connection.post(tensor(out, ms.float16), half_mixed, half_beta),
+        connection.post(tensor(out, ms.float64), mixed, exact_beta),
+    )
+
+
+def test_gates_are_not_rounded(rng):
+    mha = LocalMHA(dim=8, window_size=3, dim_head=4, heads=2, gate_values_per_head=True)
+    mha.to_out.weight.set_data(tensor(np.eye(8)))  # exact in every type
+    out = rng.standard_normal((5, 8)).astype(np.float16).astype(np.float64)
+    gates = tensor(rng.standard_normal((5, 2)))
+    half, exact = (mha.merge(tensor(out, dtype), gates) for dtype in (ms.float16, ms.float64))
+    assert_rounded_once(half, exact)
 
 
 # A model: to_float and mindspore.amp
