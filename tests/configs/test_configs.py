@@ -22,6 +22,7 @@ from local_attention.training.config import (
     score_config,
 )
 from local_attention.training.schema import as_dict, keys_of
+from scripts.diagnose import DiagnoseConfig, diagnose_config
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, ImportedModelConfig, import_config
 
@@ -30,7 +31,7 @@ GROUPS = {"data": DataConfig, "model": ModelConfig, "optimizer": OptimizerConfig
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 CHOICES = [(file.parent.name, file.stem) for file in FILES if file.parent != CONFIGS]
 COMMANDS = {"train": "train.py", "generate": "generate.py"}
-COMMANDS |= {name: f"scripts/{name}.py" for name in ("evaluate", "score", "import_torch", "export_torch")}
+COMMANDS |= {name: f"scripts/{name}.py" for name in ("evaluate", "score", "import_torch", "export_torch", "diagnose")}
 EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
 
 
@@ -85,6 +86,7 @@ def test_a_run_has_every_key_that_is_declared_whatever_is_chosen(group, name):
         ("generate", ["run=a"], generate_config, GenerateConfig(run="a")),
         ("evaluate", ["run=a"], evaluate_config, EvaluateConfig(run="a")),
         ("score", ["run=a", "file=b"], score_config, ScoreConfig(run="a", file="b")),
+        ("diagnose", [], diagnose_config, DiagnoseConfig()),
         ("export_torch", ["run=a", "output=a.pt"], export_config, ExportConfig(run="a", output="a.pt")),
         (
             "import_torch",

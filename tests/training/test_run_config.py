@@ -24,6 +24,7 @@ from local_attention.training.config import (
 from local_attention.training.errors import UsageError
 from local_attention.training.schema import as_dict, flatten, keys_of, parse, unknown_key
 from local_attention.transformer import LocalTransformer
+from scripts.diagnose import DiagnoseConfig, diagnose_config
 from scripts.export_torch import ExportConfig, export_config
 from scripts.import_torch import ImportConfig, import_config
 from tests.training.toys import CONFIGS
@@ -40,6 +41,7 @@ PRESETS = {
         {"weights": "a.pt", "run_dir": "runs/a", "model.local_attn_window_size": 256},
     ),
     "export_torch": (ExportConfig, export_config, {"run": "runs/a", "output": "a.pt"}),
+    "diagnose": (DiagnoseConfig, diagnose_config, {}),
 }
 
 # Of each range that keys have: values that are refused, values at the edge that are not.
