@@ -125,7 +125,7 @@ def attempt(function: Check) -> Result:
 
 def without_paths(text: str) -> str:
     """A text with the last part of each absolute path only, and without the name of the machine."""
-    text = re.sub(r"(?<![\w.…])/(?:[^\s/:'\"]+/)+", "…/", text)
+    text = re.sub(r"(?<![\w.…])/(?:[^\s/:'\"]+/)+", "…/", text.replace(str(Path.home()), "/home"))
     return re.sub(rf"\b{re.escape(platform.node() or '/')}\b", "HOST", text)
 
 
