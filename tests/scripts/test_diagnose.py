@@ -70,7 +70,7 @@ def test_every_option_gets_a_value_that_is_not_its_default(name, option):
     assert options[option] != getattr(CELLS[name](**diagnose.BASE[name]), option)
 
 
-@pytest.mark.parametrize(("kind", "first"), zip(diagnose.USES, ("loss", "norm", "then", "tokens"), strict=True))
+@pytest.mark.parametrize(("kind", "first"), [*zip(diagnose.USES, ("loss", "norm", "then", "tokens"))])
 def test_a_use_gives_what_it_computed(kind, first):
     works, found = attempt(partial(use, "float16", "eager", kind))
     assert works and found.split()[0] == first
