@@ -5,7 +5,7 @@ from dataclasses import fields
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import amp, nn
+from mindspore import amp, nn, ops
 
 from local_attention import LocalMHA
 from local_attention.decoding import DecodingSession
@@ -119,6 +119,31 @@ def test_a_model_in_half_precision_predicts_learns_and_generates(level, mode, tm
         model.generate(prime, 4, temperature=0).asnumpy(), single.generate(prime, 4, temperature=0).asnumpy()
     )
     np.testing.assert_array_equal(run(single, x), logits)  # which shares cells with the other
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("schema", CELLS, ids=name_of)
+@slowly_in_a_graph
+def test_a_cell_alone_in_half_precision_has_gradients_in_the_types_of_inputs_and_parameters(
+    schema, level, mode, rng, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    used, _ = example(schema, "shared_qk")
+    cell, inputs = CELLS[schema](**used).set_train(False), arrays(schema, used, rng)
+    randomise(cell)
+    cotangent = rng.standard_normal(inputs[0].shape)
+    exact, exact_gradients = value_and_gradients(cell, inputs, cotangent, ms.float32)
+    half = in_half(cell, level)
+    for dtype in (ms.float32, ms.float16):
+        tensors = [tensor(x, dtype) for x in inputs]
+        out = half(*tensors)
+        assert out.dtype == (ms.float16 if level in ("to_float", "auto") else ms.float32)
+        assert 1e-5 < abs(out.asnumpy() - exact).max() < 5e-3
+        gradient = ops.GradOperation(get_all=True, get_by_list=True, sens_param=True)
+        of_inputs, of_parameters = gradient(half, cell.trainable_params())(*tensors, tensor(cotangent, out.dtype))
+        assert {g.dtype for g in of_inputs} == {dtype} and {g.dtype for g in of_parameters} <= {ms.float32}
+        for found, wanted in zip(of_inputs, exact_gradients, strict=True):
+            np.testing.assert_allclose(found.asnumpy(), wanted, atol=1e-2, rtol=1e-2)
 
 
 def test_the_type_can_be_changed_between_calls():
