@@ -1,5 +1,6 @@
 import resource
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -74,6 +75,8 @@ def test_a_run_that_needs_too_much_memory_is_a_warning_with_both_numbers(monkeyp
     assert with_ngrams - needed == 4 * (table + 4 * 2 * 48 * 64)
     activations = 4 * 55 * 64 * 2 * 1000 * 10
     assert activations + 0.25e9 < needed < activations + 0.35e9
+    in_half = estimated_memory_bytes(model, replace(train, precision="float16"))
+    assert in_half - needed == pytest.approx(1.5 * activations, rel=0.01)  # as measured; weights stay float32
     for available, warned in ((needed * 1.1, False), (needed * 0.9, True)):
         monkeypatch.setattr(device.os, "sysconf", {"SC_PHYS_PAGES": available / 4096, "SC_PAGE_SIZE": 4096}.get)
         caplog.clear()
