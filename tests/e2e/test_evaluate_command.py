@@ -97,7 +97,8 @@ def test_dynamic_evaluation_learns_from_what_it_has_scored_and_records_its_score
     assert record["split"] == "test_dynamic" and record["bpb"] == pytest.approx(float(bpb), abs=1e-6)
 
 
-@pytest.mark.parametrize("what", ["seq_len=16", pytest.param("checkpoint=last", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["seq_len=16", "checkpoint=last"])
 def test_a_dynamic_score_that_is_not_of_the_run_is_not_recorded(finished_run, commands, what):
     before = state_of(finished_run[0])
     result = commands.call("scripts/evaluate.py", "run=runs/whole", "dynamic=true", what)

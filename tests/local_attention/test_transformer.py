@@ -308,7 +308,7 @@ INTEGER_TYPES = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.
 @pytest.mark.parametrize(
     ("mode", "dtype"),
     [("eager", dtype) for dtype in INTEGER_TYPES]
-    + [pytest.param("graph", dtype, marks=pytest.mark.slow) for dtype in INTEGER_TYPES],
+    + [pytest.param("graph", dtype, marks=pytest.mark.slow) for dtype in (np.uint8, np.int64)],
     indirect=["mode"],
 )
 def test_tokens_of_any_integer_type_are_the_same_tokens(mode, dtype, rng):
