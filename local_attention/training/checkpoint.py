@@ -275,7 +275,7 @@ def tensors_of(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> Tensors
 def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = None) -> None:
     """Load the tensors of a checkpoint into a model and, if given, its optimizer.
 
-    The parameters take over the memory of the tensors, as copies of a table of n-grams would be the peak of a run. If the
+    The parameters take over the memory of the tensors: a copy of the n-gram table would be the peak of a run. If the
     checkpoint contains only weights, as an imported one does, the optimizer is not changed. A run that continues in
     another precision begins with a new loss scale, or needs none.
 
