@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "shared, whole windows": dict(shared_qk=True, exact_windowsize=False, look_backward=0),
     "gated values": dict(gate_values_per_head=True),
     "hyper-connections": dict(num_residual_streams=3, depth=2),
+    "embedding skip": dict(embedding_skip=True, num_residual_streams=2, depth=2),
     "n-grams": dict(use_abs_pos_emb=False, **NGRAMS),
     "bigrams and learned positions": dict(max_ngram=2, ngram_buckets=50, ngram_dim=5),
     "much at once": dict(
