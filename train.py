@@ -1,7 +1,7 @@
 """Train a byte-level language model with local attention: ``python train.py [overrides]``; README.md shows how."""
 
 from local_attention.training.command import command
-from local_attention.training.config import RunConfig, run_config
+from local_attention.training.config import RunConfig, eval_batch_size, run_config
 
 
 @command("train", RunConfig, run_config)
@@ -50,7 +50,10 @@ def main(config: RunConfig) -> int | None:
     scaler = loss_scaler(train.precision, train.loss_scale)
     optimizer = build_optimizer(config.optimizer, model.trainable_params(), scaler)
     step = TrainStep(model, optimizer, train.grad_accum_every, train.clip_norm, distributed.world_size)
-    evaluator = Evaluator(model, train.seq_len, train.batch_size, distributed)
+    eval_seq_len = train.eval_seq_len or train.seq_len
+    evaluator = Evaluator(
+        model, eval_seq_len, eval_batch_size(train.batch_size, train.seq_len, eval_seq_len), distributed
+    )
 
     # Restore the checkpoint, if the run is resumed. From here on, the run directory is written.
     state = RunState(train.max_steps, train.max_minutes, train.stop_after)

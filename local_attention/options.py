@@ -261,6 +261,11 @@ class LanguageModelOptions(WindowOptions, HeadsOptions, SizeOptions):
         StrictBool,
         Help("a bias that a small network computes from the distance, in place of rotary embeddings"),
     ] = False
+    embedding_skip: Annotated[
+        StrictBool,
+        NotInOriginal("the original adds the embeddings before the first layer only"),
+        Help("a layer begins with a·x + b·e instead of x: e are the embeddings, a and b learned numbers of the layer"),
+    ] = False
     max_ngram: Annotated[
         StrictInt,
         Ge(1),

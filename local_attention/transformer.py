@@ -6,7 +6,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
@@ -125,6 +125,11 @@ class LocalTransformer(Recomputable):
             )
             for layer in self.layers
         )
+        self.embedding_skip = options.embedding_skip
+        if options.embedding_skip:  # changes nothing before training
+            ones, zeros = (ms.Tensor(np.full(options.depth, value, np.float32)) for value in (1, 0))
+            self.residual_factors = Parameter(ones, name="residual_factors")
+            self.embedding_factors = Parameter(zeros, name="embedding_factors")
         self.dynamic_pos_bias = None
         if options.use_dynamic_pos_bias:
             self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), options.heads)
@@ -313,7 +318,10 @@ class LocalTransformer(Recomputable):
         """
         b, n, dim = x.shape
         x = expand_streams(x.reshape((b * n, dim)), self.streams)
+        embeddings = x
         for i, layer in enumerate(layers):
+            if self.embedding_skip:
+                x = x * cast(self.residual_factors[i], x.dtype) + embeddings * cast(self.embedding_factors[i], x.dtype)
             of_attention, of_global = inputs_of_layers[i]
             x = layer(x, b, inputs[of_attention], inputs[of_global])
         return reduce_streams(x, self.streams).reshape((b, n, dim))

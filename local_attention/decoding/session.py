@@ -49,6 +49,7 @@ class Session(ABC):
         self.model, self.batch, self.num_tokens = model, batch, model.num_tokens
         self.max_context = model.max_seq_len if model.use_abs_pos_emb else sys.maxsize
         self.cells = [cell for _, cell in model.cells_and_names()]
+        self.sampler = Sampler(self.num_tokens)
         self.reset()
 
     @abstractmethod
@@ -58,6 +59,10 @@ class Session(ABC):
     @abstractmethod
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
         """:meth:`sample` after the first of these tokens, as many as one call takes; they are not appended."""
+
+    def sample_from(self, logits: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
+        """A token for each row of ``logits: (b, num_tokens)``, by ``uniforms: (b, 1)``; returns ``(b, 1)``."""
+        return self.sampler(*map(Tensor, (logits, uniforms.astype(np.float32), *rule))).asnumpy()[:, None]
 
     def reset(self) -> None:
         """Forget the sequences."""
@@ -176,6 +181,10 @@ class DecodingSession(Session):
         self.graphs: dict[int, nn.Cell] = {}  # by number of tokens per step, compiled when first needed
         self.addresses: list[int] = []
 
+    def reset(self) -> None:
+        super().reset()
+        self.prefilled = -1  # the position up to which the context came through prefill
+
     @property
     def state(self) -> list[Parameter]:
         """What the session keeps of earlier tokens."""
@@ -213,10 +222,15 @@ class DecodingSession(Session):
                 self.prefill(some) if use_prefill else self.decode(some, np.zeros(some.shape), self.greedy)[1]
             )
             self.commit(some)
+        if use_prefill:
+            self.prefilled = self.position
         return np.concatenate(logits, 1)
 
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
         self.reserve(min(tokens.shape[1], self.steps_per_call))
+        if self.position == self.prefilled and tokens.shape[1] == 1:
+            # the first token comes before the graph that decodes the others is compiled
+            return self.sample_from(self.prefill(tokens)[:, 0], uniforms, rule)
         return self.decode(tokens[:, : self.steps_per_call], uniforms[:, : self.steps_per_call], rule)[0]
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
@@ -267,18 +281,13 @@ class DecodingSession(Session):
 class UncachedSession(Session):
     """A :class:`Session` that computes the whole context again for each token: for comparison and global layers."""
 
-    def __init__(self, model: DecodableModel, batch: int) -> None:
-        super().__init__(model, batch)
-        self.sampler = Sampler(self.num_tokens)
-
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         logits = self.logits_after(tokens)
         self.commit(tokens)
         return logits
 
     def sample_some(self, tokens: np.ndarray, uniforms: np.ndarray, rule: SamplingRule) -> np.ndarray:
-        logits, uniforms = self.logits_after(tokens[:, :1])[:, 0], uniforms[:, :1].astype(np.float32)
-        return self.sampler(*map(Tensor, (logits, uniforms, *rule))).asnumpy()[:, None]
+        return self.sample_from(self.logits_after(tokens[:, :1])[:, 0], uniforms[:, :1], rule)
 
     def logits_after(self, tokens: np.ndarray) -> np.ndarray:
         model: Any = self.model

@@ -275,8 +275,9 @@ def tensors_of(model: nn.Cell, optimizer: nn.Optimizer | None = None) -> Tensors
 def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = None) -> None:
     """Load the tensors of a checkpoint into a model and, if given, its optimizer.
 
-    If the checkpoint contains only weights, as an imported one does, the optimizer is not changed. A run that continues
-    in another precision begins with a new loss scale, or needs none.
+    The parameters take over the memory of the tensors: a copy of the n-gram table would be the peak of a run. If the
+    checkpoint contains only weights, as an imported one does, the optimizer is not changed. A run that continues in
+    another precision begins with a new loss scale, or needs none.
 
     Raises:
         CheckpointError: naming a tensor that is missing, unexpected or of another shape. Nothing was changed.
@@ -298,4 +299,4 @@ def restore(tensors: Tensors, model: nn.Cell, optimizer: nn.Optimizer | None = N
             shapes = f"shape {tensors[name].shape} in the checkpoint, expected {tuple(parameter.shape)}"
             raise CheckpointError(f"{name} has {shapes}: it is of another model")
     for name, parameter in wanted.items():
-        parameter.set_data(ms.Tensor(tensors[name]))
+        parameter.set_data(ms.Tensor.from_numpy(tensors[name]))

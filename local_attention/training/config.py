@@ -160,6 +160,9 @@ class TrainConfig:
     log_every: Annotated[Count, Help("steps from one line of metrics to the next")] = 10
     eval_every: Annotated[Count, Help("steps from one evaluation to the next")] = 250
     eval_bytes: Annotated[Count, Help("first bytes of the validation split, which evaluations score")] = 100_000
+    eval_seq_len: Annotated[
+        Count | None, Help("bytes per sequence in evaluations and for the scores at the end; null: seq_len")
+    ] = None
     final_eval_bytes: Annotated[
         Annotated[StrictInt, Ge(0)] | None,
         Help("first bytes of the validation and the test split that the end of the run scores; null: all, 0: none"),
@@ -247,13 +250,16 @@ class EvaluateConfig:
     run: Run = None
     checkpoint: Checkpoint = "best"
     split: Annotated[Literal["train", "val", "test"], Help("which part of the data")] = "test"
-    seq_len: Annotated[Count | None, Help("bytes that the model sees at once; null: train.seq_len of the run")] = None
+    seq_len: Annotated[
+        Count | None,
+        Help("bytes that the model sees at once; null: as the run's evaluations, with dynamic as in training"),
+    ] = None
     stride: Annotated[
         Count | None,
         Help("bytes from one sequence to the next, at most seq_len; null: seq_len, so that none overlap"),
     ] = None
     batch_size: Annotated[
-        Count | None, Help("sequences that the model sees at once; null: train.batch_size of the run")
+        Count | None, Help("sequences that the model sees at once; null: about as many bytes as in training")
     ] = None
     dynamic: Annotated[
         StrictBool, Help("score each sequence, then learn from it, so that later ones are predicted better")
@@ -292,6 +298,11 @@ def run_config(config: DictConfig) -> RunConfig:
     return run
 
 
+def eval_batch_size(batch_size: int, seq_len: int, eval_seq_len: int) -> int:
+    """How many sequences of ``eval_seq_len`` bytes to evaluate at once: about as many bytes as in training."""
+    return max(1, batch_size * seq_len // eval_seq_len)
+
+
 def check_run(run: RunConfig) -> None:
     """Raise :class:`UsageError` for values that do not go together."""
     model, train = run.model, run.train
@@ -308,6 +319,11 @@ def check_run(run: RunConfig) -> None:
         advice = "lower train.seq_len" if run.init_from else "raise it, or use model.use_abs_pos_emb=false"
         raise UsageError(
             f"model.max_seq_len={model.max_seq_len} is shorter than train.seq_len={train.seq_len}: {advice}"
+        )
+    if model.use_abs_pos_emb and model.max_seq_len < (train.eval_seq_len or 0):
+        raise UsageError(
+            f"train.eval_seq_len={train.eval_seq_len}: expected at most model.max_seq_len={model.max_seq_len}, as "
+            "learned positions end there; or use model.use_abs_pos_emb=false"
         )
     require_path(run.data)
 
@@ -422,7 +438,8 @@ def fill_from_checkpoint(config: EvaluateConfig, meta: Mapping[str, Any]) -> Eva
     for key in ("seq_len", "batch_size"):
         if getattr(config, key) is None and key not in train:
             raise UsageError(f"the checkpoint does not say the {key} of its run: give {key}=NUMBER")
-    seq_len, batch_size = config.seq_len or train["seq_len"], config.batch_size or train["batch_size"]
+    seq_len = config.seq_len or (not config.dynamic and train.get("eval_seq_len")) or train["seq_len"]
+    batch_size = config.batch_size or eval_batch_size(train["batch_size"], train.get("seq_len", seq_len), seq_len)
     if model.use_abs_pos_emb and seq_len > model.max_seq_len:
         raise UsageError(
             f"seq_len={seq_len}: expected at most the model's max_seq_len={model.max_seq_len}, "

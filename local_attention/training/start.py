@@ -199,7 +199,7 @@ def measured_on(corpus: Corpus, train: TrainConfig) -> dict[str, Any]:
     """Return what evaluations are measured on; scores that are measured on something else cannot be compared."""
     data, start, stop = eval_span(corpus, "val", train.eval_bytes)
     digest = hashlib.sha256(data[max(start - 1, 0) : stop].tobytes()).hexdigest()[:16]
-    return {"bytes": stop - start, "seq_len": train.seq_len, "fingerprint": digest}
+    return {"bytes": stop - start, "seq_len": train.eval_seq_len or train.seq_len, "fingerprint": digest}
 
 
 def check_best(state: RunState, meta: Metadata, corpus: Corpus, train: TrainConfig) -> None:
@@ -214,10 +214,13 @@ def check_best(state: RunState, meta: Metadata, corpus: Corpus, train: TrainConf
         state.best_val_bpb = None
         return
     now, before = measured_on(corpus, train), meta.get("measured_on")  # the first checkpoints did not record it
-    before = before or measured_on(corpus, replace(train, eval_bytes=meta["config"]["train"]["eval_bytes"]))
+    before = before or measured_on(
+        corpus, replace(train, eval_bytes=meta["config"]["train"]["eval_bytes"], eval_seq_len=None)
+    )
     if before != now:
+        key, what = ("bytes", "other bytes") if before["seq_len"] == now["seq_len"] else ("seq_len", "other sequences")
         log.info(
-            f"evaluations now score other bytes ({now['bytes']:,}, before {before['bytes']:,}): a new best begins, and "
+            f"evaluations now score {what} ({now[key]:,}, before {before[key]:,}): a new best begins, and "
             f"the {state.best_val_bpb:.3f} bpb of step {state.best_step:,} no longer count"
         )
         state.best_val_bpb = None

@@ -92,24 +92,23 @@ class TrainStep(nn.TrainOneStepCell):
 
         Returns the loss in nats, the gradient norm before clipping, and the learning rate.
         """
-        bucket_ids, rows = None, ops.zeros((self.grad_accum_every, 1, 1), ms.float32)
+        bucket_ids, rows = None, ops.zeros((self.grad_accum_every, 1), ms.float32)
         if self.ngram_optimizer is not None:
             inputs = sequences.reshape((-1, sequences.shape[-1]))[:, :-1]
             bucket_ids = self.ngram_emb.bucket_ids_of_sequence(inputs)
-            rows = self.ngram_emb.look_up(bucket_ids).reshape((self.grad_accum_every, -1, self.ngram_emb.ngram_dim))
+            rows = self.ngram_emb.look_up(bucket_ids)
         if self.grad_accum_every > 1:
             loss, gradients, rows = self.accumulate(sequences, rows)
         elif self.ngram_optimizer is not None:
-            loss, (rows, gradients) = self.loss_and_gradients(sequences[0], rows[0])
+            loss, (rows, gradients) = self.loss_and_gradients(sequences[0], rows)
         else:
             loss, gradients = self.loss_and_gradients(sequences[0])
         if self.world_size > 1:
             loss = self.all_reduce(loss) / self.world_size
             gradients = self.grad_reducer(gradients)  # the mean over the processes
-        if self.ngram_optimizer is not None:
-            rows = rows.reshape((-1, self.ngram_emb.ngram_dim))
-            if self.world_size > 1:  # only the rows in use are sent, as the table is large
-                bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
+        if self.ngram_optimizer is not None and self.world_size > 1:
+            # only the rows in use are sent, as the table is large
+            bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
         norm = global_norm(gradients)
         if self.loss_scaler is not None:
             unscale = 1 / self.loss_scaler.scale_value
@@ -138,8 +137,10 @@ class TrainStep(nn.TrainOneStepCell):
     def accumulate(self, sequences, rows):
         """Return the mean loss and gradients over the micro-batches, and the gradients of their n-gram embeddings.
 
-        ``rows: (grad_accum_every, k, ngram_dim)`` are these embeddings; without n-grams they are returned unchanged.
+        ``rows: (k, ngram_dim)`` are these embeddings; without n-grams they have no meaning.
         """
+        shape = rows.shape
+        rows = rows.reshape((self.grad_accum_every, -1, shape[1]))  # of each micro-batch
         ops.assign(self.loss_sum, ops.zeros_like(self.loss_sum))
         tree_map(ops.assign, self.gradient_sums, tree_map(ops.zeros_like, self.gradient_sums))
         i = Tensor(0, ms.int32)
@@ -156,7 +157,8 @@ class TrainStep(nn.TrainOneStepCell):
             tree_map(ops.assign_add, self.gradient_sums, gradients)
             i = i + 1
         scale = 1 / self.grad_accum_every
-        return self.loss_sum * scale, tree_map(ops.partial(ops.mul, scale), self.gradient_sums), rows * scale
+        gradients = tree_map(ops.partial(ops.mul, scale), self.gradient_sums)
+        return self.loss_sum * scale, gradients, rows.reshape(shape) * scale
 
 
 def global_norm(tensors):

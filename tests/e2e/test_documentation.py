@@ -34,7 +34,7 @@ def python_of(page):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/local_attention.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/local_attention.md", marks=pytest.mark.slow)])
 def test_the_python_of_a_page_runs_and_prints_what_its_comments_say(page, tmp_path):
     program = python_of(ROOT / page)
     (tmp_path / "page.py").write_text(program)

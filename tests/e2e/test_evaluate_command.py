@@ -97,7 +97,8 @@ def test_dynamic_evaluation_learns_from_what_it_has_scored_and_records_its_score
     assert record["split"] == "test_dynamic" and record["bpb"] == pytest.approx(float(bpb), abs=1e-6)
 
 
-@pytest.mark.parametrize("what", ["seq_len=16", pytest.param("checkpoint=last", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["seq_len=16", "checkpoint=last"])
 def test_a_dynamic_score_that_is_not_of_the_run_is_not_recorded(finished_run, commands, what):
     before = state_of(finished_run[0])
     result = commands.call("scripts/evaluate.py", "run=runs/whole", "dynamic=true", what)
@@ -129,19 +130,22 @@ def test_an_own_file_is_scored_instead_of_the_twentieth_of_the_run(finished_run,
 
 
 @pytest.mark.slow
-def test_a_run_with_own_validation_and_test_files_is_scored_on_them(commands, tmp_path):
+def test_a_run_is_scored_on_its_own_validation_and_test_files_in_sequences_of_their_own_length(commands, tmp_path):
     text, own = commands.text.read_bytes(), {}
     for split, begin, size in (("val", 1000, 700), ("test", 5000, 900)):
         own[split] = tmp_path / split
         own[split].write_bytes(text[begin : begin + size])
     paths = [f"data.{split}_path={path}" for split, path in own.items()]
+    paths += ["train.eval_seq_len=40", "model.use_abs_pos_emb=false"]
     run = commands.train("runs/own", *paths, "train.max_steps=1", "train.generate_length=1")
     assert (run.returncode, run.stderr) == (0, "")
     for split, size in (("val", 700), ("test", 900)):
         assert f"scoring {size} bytes of {split}" in run.stdout.decode()
         result = commands.call("scripts/evaluate.py", "run=runs/own", f"split={split}")
         bpb = summary_of(commands.folder / "runs/own")[f"{split}_bpb"]
-        assert scored(result)[:3] == (split, pytest.approx(bpb, abs=1e-6), size)
+        *score, _, seq_len, stride = scored(result)
+        assert score == [split, pytest.approx(bpb, abs=1e-6), size]
+        assert seq_len == stride == 40
         assert "warning" not in result.stderr
     own["val"].write_bytes(text[:700])
     changed = [*TINY, f"data.path={commands.text}", "run_dir=runs/own", *paths, "train.max_steps=2"]

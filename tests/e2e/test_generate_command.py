@@ -82,6 +82,7 @@ def test_on_a_terminal_a_sample_continues_its_prompt(finished_run, commands, mon
     assert result.stdout.endswith(b"\n")
 
 
+@pytest.mark.slow
 def test_temperature_zero_and_top_k_one_are_greedy(sample, commands):
     greedy = commands.call("generate.py", "run=runs/whole", "length=30", "temperature=0", "seed=1").stdout
     top_1 = commands.call("generate.py", "run=runs/whole", "length=30", "temperature=1", "top_k=1", "seed=2").stdout
@@ -89,6 +90,7 @@ def test_temperature_zero_and_top_k_one_are_greedy(sample, commands):
     assert greedy == top_1 == narrow != sample
 
 
+@pytest.mark.slow
 def test_checkpoints_can_be_given_by_name_and_by_path_which_needs_no_run(finished_run, commands):
     path = "runs/whole/checkpoints/step-00000012.safetensors"
     last, by_path = (

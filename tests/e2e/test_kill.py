@@ -13,8 +13,8 @@ from tests.e2e.test_train_command import metrics
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
-STEPS = 400
+KILLS = 10
+STEPS = 200
 OVERRIDES = [
     f"train.max_steps={STEPS}",
     "model.ff_dropout=0.1",

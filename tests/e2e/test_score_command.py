@@ -30,6 +30,7 @@ def test_a_file_is_scored_in_one_line(finished_run, commands, short_text):
     assert checkpoint.startswith("runs/whole/checkpoints/step-")
 
 
+@pytest.mark.slow
 def test_packed_standard_input_is_scored_as_the_same_file(finished_run, commands, short_text):
     by_file = scored(commands.call("scripts/score.py", "run=runs/whole", f"file={short_text}"))
     process = commands.start("scripts/score.py", "run=runs/whole", "file=-", stdin=subprocess.PIPE)

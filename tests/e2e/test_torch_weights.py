@@ -64,6 +64,7 @@ def test_an_imported_run_has_the_same_score(finished_run, imported, commands):
     assert "warning" not in result.stderr
 
 
+@pytest.mark.slow
 def test_an_imported_run_continues_from_its_weights(imported, commands):
     """With other data and another optimizer; one step of Adam changes each weight by the learning rate."""
     changes = ["train.batch_size=2", "train.grad_accum_every=1", "optimizer=adam", "optimizer.lr=1e-4", "seed=9"]

@@ -182,8 +182,11 @@ def layers(x, p, *, depth, streams=1, global_attention=None, inserted=(), **mha_
 
     if streams > 1:
         x = np.repeat(x[:, :, None], streams, 2)
+    embeddings = x
     for i in range(depth):
         layer = f"layers.{i}."
+        if "residual_factors" in p:
+            x = x * p["residual_factors"][i] + embeddings * p["embedding_factors"][i]
         if i + 1 in inserted:
             x = connect(
                 lambda x, layer=layer: global_attention(x, p, f"{layer}global_attention."),

@@ -101,6 +101,7 @@ def test_a_checkpoint_file_needs_no_run(run, tmp_path):
             "model.local_attn_window_size=[4, 8]: in the original, it is the same in all layers",
         ),
         (dict(global_attn_layers=[2]), "model.global_attn_layers=[2]: the original has no global attention"),
+        (dict(embedding_skip=True), "model.embedding_skip=True: the original adds the embeddings"),
         (dict(look_backward=[1, 2]), "model.look_backward=[1, 2]: in the original, it is the same in all layers"),
     ],
     ids=str,

@@ -317,6 +317,9 @@ def test_learned_positions_reach_as_far_as_a_sequence(checked):
     assert "model.max_seq_len=511 is shorter than train.seq_len=512" in message
     assert checked("train", train__seq_len=512, model__max_seq_len=512)
     assert checked("train", train__seq_len=512, model__max_seq_len=1, model__use_abs_pos_emb=False)
+    longer = dict(train__seq_len=512, train__eval_seq_len=513)
+    assert "train.eval_seq_len=513: expected at most model.max_seq_len=512" in message_of(checked, "train", **longer)
+    assert checked("train", **longer, model__use_abs_pos_emb=False)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
@@ -403,6 +406,14 @@ def test_an_evaluation_has_the_sizes_and_the_data_of_the_run():
     assert (config.seq_len, config.stride, config.batch_size) == (1024, 1024, 4)
     assert config.data == DataConfig("file", "a.txt", "folder", None, 5000)
     assert (config.run, config.split) == ("runs/a", "val")
+
+
+def test_a_run_is_evaluated_as_during_training_about_as_many_bytes_at_once():
+    meta = meta_of(use_abs_pos_emb=False)
+    meta["config"]["train"]["eval_seq_len"] = 1500
+    config, dynamic = trained(meta), trained(meta, dynamic=True)
+    assert (config.seq_len, config.stride, config.batch_size) == (1500, 1500, 2)
+    assert (dynamic.seq_len, trained(meta, seq_len=9999).batch_size) == (1024, 1)
 
 
 def test_sizes_that_are_given_are_kept_and_the_stride_follows_seq_len():

@@ -334,6 +334,14 @@ def test_another_measure_begins_a_new_best_which_is_logged_and_keeps_the_old_che
     assert state.measured_on["bytes"] == 9
 
 
+def test_sequences_of_another_length_in_evaluations_begin_a_new_best(tmp_path, caplog):
+    config = replace(CONFIG, train=replace(CONFIG.train, eval_seq_len=8))
+    assert restored(save(tmp_path, 4, best=4), config).state.best_val_bpb is None
+    assert any("score other sequences (8, before 16): a new best begins" in line for line in caplog.messages)
+    same = replace(CONFIG, train=replace(CONFIG.train, eval_seq_len=16))
+    assert restored(save(tmp_path / "same", 4, best=4), same).state.best_val_bpb == 2.5
+
+
 def test_other_validation_data_begin_a_new_best(tmp_path):
     bytes_ = CORPUS.bytes.copy()
     bytes_[187] += 1  # of the eight bytes that evaluations score, the last

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 
 from local_attention import GlobalAttention, LocalTransformer
-from local_attention.decoding import DecodingSession, UncachedSession
+from local_attention.decoding import DecodingSession, UncachedSession, generate_tokens
 from local_attention.decoding.sampling import sampling_rule
 from local_attention.options import LocalTransformerOptions
 from tests.local_attention.cells import both_modes, for_all, in_a_graph, randomise, run
@@ -49,6 +49,7 @@ CONFIGURATIONS = {
     "shared, whole windows": dict(shared_qk=True, exact_windowsize=False, look_backward=0),
     "gated values": dict(gate_values_per_head=True),
     "hyper-connections": dict(num_residual_streams=3, depth=2),
+    "embedding skip": dict(embedding_skip=True, num_residual_streams=2, depth=2),
     "n-grams": dict(use_abs_pos_emb=False, **NGRAMS),
     "bigrams and learned positions": dict(max_ngram=2, ngram_buckets=50, ngram_dim=5),
     "much at once": dict(
@@ -188,6 +189,15 @@ def test_few_tokens_are_decoded_one_by_one_and_many_by_prefill():
     session.feed(sequences(1, 6))
     assert set(session.graphs) == {1, 4}
     assert session.position == 11
+
+
+def test_the_first_token_after_prefill_does_not_wait_for_the_graph_of_decoding():
+    model, prompt = transformer(), sequences(1, 11)
+    session = DecodingSession(model, prefill_chunk=4, prefill_threshold=6)
+    tokens = generate_tokens(session, prompt, 5, seed=3)
+    first = next(tokens)
+    assert set(session.graphs) == {session.prefill_chunk}
+    np.testing.assert_array_equal([first, *tokens], list(generate_tokens(UncachedSession(model, 1), prompt, 5, seed=3)))
 
 
 def test_prefill_never_takes_more_tokens_than_the_decay_of_xpos_allows():
