@@ -124,6 +124,7 @@ def test_gates_are_not_rounded(rng):
 # A model: to_float and mindspore.amp
 
 OPTIONS = dict(max_ngram=2, ngram_buckets=97, ngram_dim=3)
+QUICK, SLOW = ["to_float", "O2"], ["O1", "O3", "auto"]  # levels
 
 
 def in_half(model, level):
@@ -133,8 +134,8 @@ def in_half(model, level):
 
 @pytest.mark.parametrize(
     ("mode", "level"),
-    [("eager", "to_float"), ("eager", "O2")]
-    + [pytest.param("eager", level, marks=pytest.mark.slow) for level in ("O1", "O3", "auto")]
+    [("eager", level) for level in QUICK]
+    + [pytest.param("eager", level, marks=pytest.mark.slow) for level in SLOW]
     + [pytest.param("graph", level, marks=pytest.mark.slow) for level in ("to_float", "O1")],
     indirect=["mode"],
 )
@@ -160,9 +161,12 @@ def test_a_model_in_half_precision_predicts_learns_and_generates(level, mode, tm
     np.testing.assert_array_equal(run(single, x), logits)  # which shares cells with the other
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("schema", CELLS, ids=name_of)
-@slowly_in_a_graph
+@pytest.mark.parametrize(
+    ("mode", "level"),
+    [("eager", level) for level in QUICK + SLOW] + [pytest.param("graph", "O2", marks=pytest.mark.slow)],
+    indirect=["mode"],
+)
 def test_a_cell_alone_in_half_precision_has_gradients_in_the_types_of_inputs_and_parameters(
     schema, level, mode, rng, tmp_path, monkeypatch
 ):
