@@ -22,7 +22,8 @@ def main(config: GenerateConfig) -> int | None:
     file, stop = config.prompt_file, unescape(config.stop or "")
     prompt = b"".join(compression.chunks(file)) if file else os.fsencode(config.prompt)
     path = checkpoint_of(config.run, config.checkpoint)
-    use_device(config.device.target, config.device.precision)
+    device = config.device
+    use_device(device.target, device.precision, matmul_precision=device.matmul_precision)
     model, meta = load_model(path, config.device.precision)
     print(f"{path}, step {meta['step']:,}", file=sys.stderr)
 

@@ -28,7 +28,8 @@ def main(config: RunConfig) -> int | None:
 
     hydra = HydraConfig.get()
     log_to_terminal()
-    use_device(config.device.target, config.train.precision, "train.precision")
+    device = config.device
+    use_device(device.target, config.train.precision, "train.precision", device.matmul_precision)
     distributed = init_distributed(config.parallel)  # a single process, unless msrun has started several
 
     # Find out where the run writes and what it starts from.

@@ -73,7 +73,8 @@ def main() -> int:
     iterator = BatchIterator(data.SequenceSampler(corpus.train, train.seq_len + 1, config.seed), train, first_step=0)
     batches = [iterator.batch(step) for step in range(train.max_steps or 0)]
 
-    use_device(config.device.target, train.precision, "train.precision")
+    device = config.device
+    use_device(device.target, train.precision, "train.precision", device.matmul_precision)
     ms.set_seed(config.seed)
     model = compute_in(build_model(config.model), train.precision)
     scaler = loss_scaler(train.precision, train.loss_scale)

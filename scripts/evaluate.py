@@ -29,7 +29,8 @@ def main(config: EvaluateConfig) -> None:
 
     # Load the model and the data; by default the data that it was trained on.
     path = checkpoint_of(config.run, config.checkpoint)
-    use_device(config.device.target, config.device.precision)
+    device = config.device
+    use_device(device.target, device.precision, matmul_precision=device.matmul_precision)
     model, meta = load_model(path, config.device.precision)
     config = fill_from_checkpoint(config, meta)
     assert config.seq_len and config.batch_size  # filled

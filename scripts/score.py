@@ -38,7 +38,8 @@ def main(config: ScoreConfig) -> None:
                 bar.update(len(chunk))
 
     path = checkpoint_of(config.run, config.checkpoint)
-    use_device(config.device.target, config.device.precision)
+    device = config.device
+    use_device(device.target, device.precision, matmul_precision=device.matmul_precision)
     model, _ = load_model(path, config.device.precision)
     score = score_stream(model, arrays())
     print(f"{config.file}: {score.bpb:.4f} bpb over {score.bytes_scored:,} bytes (checkpoint {path})", flush=True)

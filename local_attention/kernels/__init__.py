@@ -37,6 +37,22 @@ def has_gemm() -> bool:
     return function is not None and bool(function())
 
 
+def multiply_in_bfloat16(wanted: bool) -> None:
+    """Let the operators for whole sequences round what they multiply to bfloat16, and sum in float32; or no longer.
+
+    As ``torch.set_float32_matmul_precision("medium")``: everything else, weights and results included, stays float32.
+
+    Raises:
+        ValueError: the operators do not run here, or the processor has no such products.
+    """
+    path = library()
+    function = getattr(ctypes.CDLL(path), "multiply_in_bfloat16", None) if path and has_gemm() else None
+    if function is None and wanted:
+        raise ValueError("the operators in C++ do not run here, and MindSpore's own have no such products")
+    if function is not None and function(int(wanted)):
+        raise ValueError("this processor has neither AVX512-BF16 nor AMX")
+
+
 def kernels_run(cell: nn.Cell) -> bool:
     """Whether the operators are there, for the device in use and for the parameters of ``cell``."""
     in_float32 = all(parameter.dtype == ms.float32 for parameter in cell.get_parameters())

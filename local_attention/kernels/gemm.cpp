@@ -2,23 +2,62 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
+#include <vector>
+
+#include "vector.h"
+
 namespace kernels {
 
 namespace {
 
-// oneDNN's C function for row-major matrices. MindSpore builds it so that a call uses the calling thread alone.
-using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float *, int64_t, const float *, int64_t, float,
-                      float *, int64_t);
+// oneDNN's C functions for row-major matrices. MindSpore builds them so that a call uses the calling thread alone.
+template <typename Number>
+using Gemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const Number *, int64_t, const Number *, int64_t, float,
+                     float *, int64_t);
+using Bfloat16 = uint16_t;
 
-Sgemm find() {
+template <typename Number>
+Gemm<Number> find(const char *name) {
   void *library = dlopen("libdnnl.so.3", RTLD_NOW | RTLD_NOLOAD);  // MindSpore has loaded it
-  return library ? reinterpret_cast<Sgemm>(dlsym(library, "dnnl_sgemm")) : nullptr;
+  return library ? reinterpret_cast<Gemm<Number>>(dlsym(library, name)) : nullptr;
+}
+
+Gemm<float> find_sgemm() { return find<float>("dnnl_sgemm"); }
+Gemm<Bfloat16> find_bfloat16() { return find<Bfloat16>("dnnl_gemm_bf16bf16f32"); }
+
+std::atomic<bool> in_bfloat16{false};
+constexpr int64_t kFewRows = 16;  // for fewer, rounding the other matrix takes longer than the product
+
+// To the nearest, of two the even one; NaN stays NaN.
+FOR_EACH_PROCESSOR void round_row(const float *x, int64_t n, Bfloat16 *RESTRICT out) {
+  for (int64_t c = 0; c < n; ++c) {
+    uint32_t bits;
+    std::memcpy(&bits, x + c, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    out[c] = is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+}
+
+// The matrix in bfloat16, its rows side by side.
+const Bfloat16 *round(Matrix x, int64_t rows, int64_t columns, std::vector<Bfloat16> &out) {
+  out.resize(rows * columns);
+  for (int64_t row = 0; row < rows; ++row) round_row(x[row], columns, out.data() + row * columns);
+  return out.data();
 }
 
 void multiply(char a_transposed, char b_transposed, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out,
               Add add) {
-  static const Sgemm sgemm = find();
+  static const Gemm<float> sgemm = find_sgemm();
   const float beta = add == Add::kYes ? 1 : 0;
+  if (in_bfloat16 && m >= kFewRows) {
+    static const Gemm<Bfloat16> gemm = find_bfloat16();
+    thread_local std::vector<Bfloat16> rounded_a, rounded_b;
+    const bool at = a_transposed == 'T', bt = b_transposed == 'T';
+    gemm(a_transposed, b_transposed, m, n, k, 1, round(a, at ? k : m, at ? m : k, rounded_a), at ? m : k,
+         round(b, bt ? n : k, bt ? k : n, rounded_b), bt ? k : n, beta, out.data, out.stride);
+    return;
+  }
   sgemm(a_transposed, b_transposed, m, n, k, 1, a.data, a.stride, b.data, b.stride, beta, out.data, out.stride);
 }
 
@@ -39,4 +78,17 @@ void gemm_tn(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out, Ad
 }  // namespace kernels
 
 // Whether the products can be computed; asked by kernels/__init__.py.
-extern "C" int has_gemm() { return kernels::find() != nullptr; }
+extern "C" int has_gemm() { return kernels::find_sgemm() != nullptr; }
+
+// Lets products round their operands to bfloat16 and sum in float32, or no longer; asked for by kernels/__init__.py.
+// Returns 0, or 1 where the processor or oneDNN has no such products.
+extern "C" int multiply_in_bfloat16(int wanted) {
+#if defined(__x86_64__)
+  const bool can = __builtin_cpu_supports("avx512bf16") && kernels::find_bfloat16();
+#else
+  const bool can = false;
+#endif
+  if (wanted && !can) return 1;
+  kernels::in_bfloat16 = wanted;
+  return 0;
+}

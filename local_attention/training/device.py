@@ -7,6 +7,7 @@ import sys
 
 import mindspore as ms
 
+from local_attention import kernels
 from local_attention.precision import require_computable
 from local_attention.training.config import TrainConfig
 from local_attention.training.errors import UsageError
@@ -15,16 +16,19 @@ from local_attention.transformer import LocalTransformer
 log = logging.getLogger("train")
 
 
-def use_device(target: str, precision: str = "float32", key: str = "device.precision") -> None:
+def use_device(
+    target: str, precision: str = "float32", key: str = "device.precision", matmul_precision: str = "float32"
+) -> None:
     """Compile static graphs for ``target``: CPU, GPU or Ascend, or "auto" for MindSpore's default.
 
     Args:
         target: the device.
         precision: the type that will be computed in.
         key: what gives the type on the command line, for the error.
+        matmul_precision: "bfloat16" to let the operators in C++ round what they multiply to it.
 
     Raises:
-        UsageError: this installation of MindSpore does not support the target, or the target not the type.
+        UsageError: this installation of MindSpore does not support the target, or the target not the types.
     """
     ms.set_context(mode=ms.GRAPH_MODE)
     if target != "auto":
@@ -39,6 +43,10 @@ def use_device(target: str, precision: str = "float32", key: str = "device.preci
         require_computable(getattr(ms, precision))
     except ValueError as error:
         raise UsageError(f"{key}={precision}: {error}") from None
+    try:
+        kernels.multiply_in_bfloat16(matmul_precision == "bfloat16")
+    except ValueError as error:
+        raise UsageError(f"device.matmul_precision={matmul_precision}: {error}; use float32") from None
 
 
 def peak_memory_bytes() -> int:

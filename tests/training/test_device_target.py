@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import mindspore as ms
 import pytest
 
+from local_attention import kernels
 from local_attention.training import device
 from local_attention.training.config import TrainConfig
 from local_attention.training.device import (
@@ -45,6 +46,19 @@ def test_a_type_that_the_device_cannot_compute_in_is_refused(calls):
         use_device("CPU", "bfloat16")
     with pytest.raises(UsageError, match=f"^train.precision{refusal}"):
         use_device("CPU", "bfloat16", "train.precision")
+
+
+def test_products_in_bfloat16_are_asked_for_and_refused_where_there_are_none(calls, monkeypatch):
+    wanted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "multiply_in_bfloat16", wanted.append)
+        use_device("CPU"), use_device("CPU", matmul_precision="bfloat16")
+    assert wanted == [False, True]
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    use_device("CPU")
+    refusal = "^device.matmul_precision=bfloat16: the operators in C\\+\\+ do not run here.*; use float32$"
+    with pytest.raises(UsageError, match=refusal):
+        use_device("CPU", matmul_precision="bfloat16")
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])

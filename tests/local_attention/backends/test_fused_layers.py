@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
+from local_attention import LocalAttention, LocalMHA, kernels
 from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedNormLinear
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm
 from tests.local_attention import reference
@@ -245,3 +246,57 @@ def test_logits_of_another_type_take_the_portable_path(rng):
     losses = CrossEntropy()(ms.Tensor(logits, ms.float64), tensor(labels))
     assert losses.dtype == ms.float64
     np.testing.assert_allclose(losses.asnumpy(), reference.cross_entropy(logits, labels), atol=1e-5)
+
+
+# Products in bfloat16
+
+
+@pytest.fixture
+def in_bfloat16():
+    """Switch products in bfloat16 on, where the processor has them, and off again."""
+    try:
+        kernels.multiply_in_bfloat16(True)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield
+    kernels.multiply_in_bfloat16(False)
+
+
+@pytest.fixture
+def results(rng):
+    """A function that computes outputs and gradients of attention and feed-forward."""
+    cells = [LocalMHA(dim=DIM, window_size=32, dim_head=64, heads=2, causal=True, prenorm=True), FeedForward(DIM, 9)]
+    for cell in cells:
+        randomise(cell)
+    inputs = [rng.standard_normal((2, 100, DIM)), rng.standard_normal((200, DIM))]
+
+    def compute():
+        found = [ValueAndAllGradients(cell)(tensor(x / 20), tensor(x)) for cell, x in zip(cells, inputs, strict=True)]
+        return [x.asnumpy() for value, gradients in found for x in (value, *gradients[0], *gradients[1])]
+
+    return compute
+
+
+def test_products_in_bfloat16_are_close_to_those_in_float32_which_come_back(results, in_bfloat16):
+    rounded = results()
+    kernels.multiply_in_bfloat16(False)
+    exact = results()
+    errors = [abs(a - b).max() / abs(b).max() for a, b in zip(rounded, exact, strict=True)]
+    assert max(errors) < 2**-6 and np.median(errors) > 2**-12  # a rounding is of 2**-9 at most
+    kernels.multiply_in_bfloat16(True)
+    for a, b in zip(results(), rounded, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_products_of_numbers_that_bfloat16_has_are_exact(in_bfloat16, rng):
+    """Attention of integers to itself alone: each result is one of the values."""
+    q, v = rng.integers(-8, 8, (2, 3, 40, 16)).astype(np.float32)
+    cell = LocalAttention(window_size=1, look_backward=0, causal=True, use_rotary_pos_emb=False)
+    np.testing.assert_array_equal(cell(tensor(q), tensor(q), tensor(v)).asnumpy(), v)
+
+
+def test_nan_stays_nan_in_bfloat16(in_bfloat16, rng):
+    x = rng.standard_normal((70, DIM))
+    x[3, 5] = np.nan
+    out = FeedForward(DIM, 9)(tensor(x)).asnumpy()
+    assert np.isnan(out[3]).all() and np.isfinite(np.delete(out, 3, 0)).all()
