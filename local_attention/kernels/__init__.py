@@ -38,7 +38,7 @@ def has_gemm() -> bool:
 
 
 def multiply_in_bfloat16(wanted: bool) -> None:
-    """Let the operators for whole sequences round what they multiply to bfloat16, and sum in float32; or no longer.
+    """Let linear layers within the operators round what they multiply to bfloat16, and sum in float32; or no longer.
 
     As ``torch.set_float32_matmul_precision("medium")``: everything else, weights and results included, stays float32.
 

@@ -46,14 +46,17 @@ OPERATOR(feed_forward_forward) {
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const LayerNorm norm{tensors[kGamma], tensors[kBeta], dim};
+  const Rounded to_value{{tensors[kToValue], dim}, inner, dim}, to_gate{{tensors[kToGate], dim}, inner, dim},
+      to_out{{tensors[kToOut], inner}, dim, inner};
   for_each_tile(0, rows, [&](int64_t, int64_t first, int64_t size) {
     float *normed = of_thread.get(size * (dim + inner)), *activated = normed + size * dim,
           *values = tensors[kValues] + first * inner, *gates = tensors[kGates] + first * inner;
     norm.forward(tensors[kX] + first * dim, size, normed);
-    gemm_nt(size, inner, dim, {normed, dim}, {tensors[kToValue], dim}, {values, inner});
-    gemm_nt(size, inner, dim, {normed, dim}, {tensors[kToGate], dim}, {gates, inner});
+    const Rounded x{{normed, dim}, size, dim};
+    gemm_nt(size, inner, dim, x, to_value, {values, inner});
+    gemm_nt(size, inner, dim, x, to_gate, {gates, inner});
     geglu(values, gates, size * inner, activated);
-    gemm_nt(size, dim, inner, {activated, inner}, {tensors[kToOut], inner}, {tensors[kOut] + first * dim, dim});
+    gemm_nt(size, dim, inner, Rounded{{activated, inner}, size, inner}, to_out, {tensors[kOut] + first * dim, dim});
   });
   return 0;
 }
@@ -67,6 +70,8 @@ OPERATOR(feed_forward_backward) {
   const Tensors tensors{data, axes, shapes};
   const int64_t rows = shapes[kX][0], dim = shapes[kX][1], inner = shapes[kToValue][0];
   const LayerNorm norm{tensors[kGamma], tensors[kBeta], dim};
+  const Rounded to_value{{tensors[kToValue], dim}, inner, dim}, to_gate{{tensors[kToGate], dim}, inner, dim},
+      to_out{{tensors[kToOut], inner}, dim, inner};
   NormGradient norm_gradient(dim);
   float *normed = of_chunk.get(kChunk * (dim + 3 * inner)), *activated = normed + kChunk * dim,
         *dvalues = activated + kChunk * inner, *dgates = dvalues + kChunk * inner;
@@ -75,23 +80,26 @@ OPERATOR(feed_forward_backward) {
     for_each_tile(begin, end, [&](int64_t tile, int64_t first, int64_t size) {
       const int64_t in_chunk = (first - begin) * inner;
       float *dactivated = of_thread.get(size * (inner + dim)), *dnormed = dactivated + size * inner;
-      gemm(size, inner, dim, {tensors[kDOut] + first * dim, dim}, {tensors[kToOut], inner}, {dactivated, inner});
+      gemm(size, inner, dim, Rounded{{tensors[kDOut] + first * dim, dim}, size, dim}, to_out, {dactivated, inner});
       geglu_backward(tensors[kValues] + first * inner, tensors[kGates] + first * inner, dactivated, size * inner,
                      activated + in_chunk, dvalues + in_chunk, dgates + in_chunk);
-      gemm(size, dim, inner, {dvalues + in_chunk, inner}, {tensors[kToValue], dim}, {dnormed, dim});
-      gemm(size, dim, inner, {dgates + in_chunk, inner}, {tensors[kToGate], dim}, {dnormed, dim}, Add::kYes);
+      gemm(size, dim, inner, Rounded{{dvalues + in_chunk, inner}, size, inner}, to_value, {dnormed, dim});
+      gemm(size, dim, inner, Rounded{{dgates + in_chunk, inner}, size, inner}, to_gate, {dnormed, dim}, Add::kYes);
       norm.forward(tensors[kX] + first * dim, size, normed + (first - begin) * dim);
       norm.backward(tensors[kX] + first * dim, dnormed, size, tensors[kDX] + first * dim, norm_gradient.gamma_of(tile),
                     norm_gradient.beta_of(tile));
     });
     norm_gradient.add_tiles((end - begin + kRows - 1) / kRows);
+    const int64_t size = end - begin;
+    const Rounded x{{normed, dim}, size, dim}, dvalue{{dvalues, inner}, size, inner}, dgate{{dgates, inner}, size, inner},
+        dout{{tensors[kDOut] + begin * dim, dim}, size, dim}, out{{activated, inner}, size, inner};
     sum_weight_gradients(
         {
-            {{dvalues, inner}, {normed, dim}, tensors[kDToValue], inner, dim},
-            {{dgates, inner}, {normed, dim}, tensors[kDToGate], inner, dim},
-            {{tensors[kDOut] + begin * dim, dim}, {activated, inner}, tensors[kDToOut], dim, inner},
+            {dvalue, x, tensors[kDToValue], inner, dim},
+            {dgate, x, tensors[kDToGate], inner, dim},
+            {dout, out, tensors[kDToOut], dim, inner},
         },
-        end - begin, begin ? Add::kYes : Add::kNo);
+        size, begin ? Add::kYes : Add::kNo);
   }
   norm_gradient.copy_to(tensors[kDGamma], tensors[kDBeta]);
   return 0;

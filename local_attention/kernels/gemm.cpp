@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <atomic>
-#include <vector>
 
 #include "vector.h"
 
@@ -15,7 +14,6 @@ namespace {
 template <typename Number>
 using Gemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const Number *, int64_t, const Number *, int64_t, float,
                      float *, int64_t);
-using Bfloat16 = uint16_t;
 
 template <typename Number>
 Gemm<Number> find(const char *name) {
@@ -24,10 +22,9 @@ Gemm<Number> find(const char *name) {
 }
 
 Gemm<float> find_sgemm() { return find<float>("dnnl_sgemm"); }
-Gemm<Bfloat16> find_bfloat16() { return find<Bfloat16>("dnnl_gemm_bf16bf16f32"); }
+Gemm<Bfloat16> find_gemm_bfloat16() { return find<Bfloat16>("dnnl_gemm_bf16bf16f32"); }
 
 std::atomic<bool> in_bfloat16{false};
-constexpr int64_t kFewRows = 16;  // for fewer, rounding the other matrix takes longer than the product
 
 // To the nearest, of two the even one; NaN stays NaN.
 FOR_EACH_PROCESSOR void round_row(const float *x, int64_t n, Bfloat16 *RESTRICT out) {
@@ -39,39 +36,35 @@ FOR_EACH_PROCESSOR void round_row(const float *x, int64_t n, Bfloat16 *RESTRICT 
   }
 }
 
-// The matrix in bfloat16, its rows side by side.
-const Bfloat16 *round(Matrix x, int64_t rows, int64_t columns, std::vector<Bfloat16> &out) {
-  out.resize(rows * columns);
-  for (int64_t row = 0; row < rows; ++row) round_row(x[row], columns, out.data() + row * columns);
-  return out.data();
-}
-
-void multiply(char a_transposed, char b_transposed, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out,
+void multiply(char a_transposed, char b_transposed, int64_t m, int64_t n, int64_t k, Factor a, Factor b, Matrix out,
               Add add) {
   static const Gemm<float> sgemm = find_sgemm();
+  static const Gemm<Bfloat16> gemm_bfloat16 = find_gemm_bfloat16();
   const float beta = add == Add::kYes ? 1 : 0;
-  if (in_bfloat16 && m >= kFewRows) {
-    static const Gemm<Bfloat16> gemm = find_bfloat16();
-    thread_local std::vector<Bfloat16> rounded_a, rounded_b;
-    const bool at = a_transposed == 'T', bt = b_transposed == 'T';
-    gemm(a_transposed, b_transposed, m, n, k, 1, round(a, at ? k : m, at ? m : k, rounded_a), at ? m : k,
-         round(b, bt ? n : k, bt ? k : n, rounded_b), bt ? k : n, beta, out.data, out.stride);
-    return;
-  }
-  sgemm(a_transposed, b_transposed, m, n, k, 1, a.data, a.stride, b.data, b.stride, beta, out.data, out.stride);
+  if (a.rounded && b.rounded)
+    gemm_bfloat16(a_transposed, b_transposed, m, n, k, 1, a.rounded, a.stride, b.rounded, b.stride, beta, out.data,
+                  out.stride);
+  else
+    sgemm(a_transposed, b_transposed, m, n, k, 1, a.x.data, a.x.stride, b.x.data, b.x.stride, beta, out.data, out.stride);
 }
 
 }  // namespace
 
-void gemm(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out, Add add) {
+Rounded::Rounded(Matrix x, int64_t rows, int64_t columns) : x_(x), columns_(columns) {
+  if (!in_bfloat16) return;
+  numbers_.reset(new Bfloat16[rows * columns]);
+  for (int64_t row = 0; row < rows; ++row) round_row(x[row], columns, numbers_.get() + row * columns);
+}
+
+void gemm(int64_t m, int64_t n, int64_t k, Factor a, Factor b, Matrix out, Add add) {
   multiply('N', 'N', m, n, k, a, b, out, add);
 }
 
-void gemm_nt(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out, Add add) {
+void gemm_nt(int64_t m, int64_t n, int64_t k, Factor a, Factor b, Matrix out, Add add) {
   multiply('N', 'T', m, n, k, a, b, out, add);
 }
 
-void gemm_tn(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix out, Add add) {
+void gemm_tn(int64_t m, int64_t n, int64_t k, Factor a, Factor b, Matrix out, Add add) {
   multiply('T', 'N', m, n, k, a, b, out, add);
 }
 
@@ -84,7 +77,7 @@ extern "C" int has_gemm() { return kernels::find_sgemm() != nullptr; }
 // Returns 0, or 1 where the processor or oneDNN has no such products.
 extern "C" int multiply_in_bfloat16(int wanted) {
 #if defined(__x86_64__)
-  const bool can = __builtin_cpu_supports("avx512bf16") && kernels::find_bfloat16();
+  const bool can = __builtin_cpu_supports("avx512bf16") && kernels::find_gemm_bfloat16();
 #else
   const bool can = false;
 #endif

@@ -11,7 +11,7 @@
 
 namespace kernels {
 
-constexpr int64_t kRows = 64;     // rows per tile: their activations stay in the second-level cache
+constexpr int64_t kRows = 64;    // rows per tile: their activations stay in the second-level cache
 constexpr int64_t kChunk = 1024;  // rows whose gradients are kept until those of the weights are summed
 constexpr int64_t kTilesPerChunk = kChunk / kRows;
 
@@ -26,7 +26,7 @@ void for_each_tile(int64_t first, int64_t end, const Task &task) {
 
 // What a linear layer with the weight (out, in) gives to the gradient of its weight: dyᵀ x.
 struct WeightGradient {
-  Matrix dy, x;  // (rows, out), (rows, in)
+  Factor dy, x;  // (rows, out), (rows, in)
   float *dw;     // (out, in)
   int64_t out, in;
 };
@@ -40,8 +40,7 @@ inline void sum_weight_gradients(const std::vector<WeightGradient> &gradients, i
     const size_t which = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
     const WeightGradient &g = gradients[which];
     const int64_t first = (i - (which ? ends[which - 1] : 0)) * kRows;
-    gemm_tn(std::min(kRows, g.out - first), g.in, rows, {g.dy.data + first, g.dy.stride}, g.x, {g.dw + first * g.in, g.in},
-            add);
+    gemm_tn(std::min(kRows, g.out - first), g.in, rows, g.dy.from_column(first), g.x, {g.dw + first * g.in, g.in}, add);
   });
 }
 

@@ -181,7 +181,7 @@ class DeviceConfig:
     target: Annotated[Literal["auto", "CPU", "GPU", "Ascend"], Help("where MindSpore runs")] = "auto"
     matmul_precision: Annotated[
         Literal["float32", "bfloat16"],
-        Help("what the operators in C++ round what they multiply to; bfloat16 needs a CPU with AVX512-BF16 or AMX"),
+        Help("what linear layers in C++ round what they multiply to; bfloat16 needs a CPU with AVX512-BF16 or AMX"),
     ] = "float32"
 
 

@@ -25,7 +25,7 @@ def use_device(
         target: the device.
         precision: the type that will be computed in.
         key: what gives the type on the command line, for the error.
-        matmul_precision: "bfloat16" to let the operators in C++ round what they multiply to it.
+        matmul_precision: "bfloat16" to let linear layers in C++ round what they multiply to it.
 
     Raises:
         UsageError: this installation of MindSpore does not support the target, or the target not the types.
