@@ -12,9 +12,10 @@ in its own process, and their steps alternate. The results are medians over step
 The floor is the time that the matrix products would take at the rate of a large product in MindSpore, without scores
 that are masked. If ``make parity`` has set up its environment, PyTorch is measured there in eager mode, twice: as the
 package ``local-attention``, and as the same model with windows in the batch and PyTorch's fused
-``scaled_dot_product_attention``, see ``scripts/pytorch_sdpa.py``; with ``--bfloat16`` the latter also under autocast.
+``scaled_dot_product_attention``, see ``scripts/pytorch_sdpa.py``. With ``--bfloat16`` the latter is also measured under
+autocast, and this project with ``device.matmul_precision=bfloat16``.
 Attention to the whole sequence (``--whole``) is measured beside that function alone.
-All begin with the same weights, and their first losses must agree to 1e-4 nats (under autocast to 1e-2).
+All begin with the same weights, and their first losses must agree to 1e-4 nats (in bfloat16 to 1e-2).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from scripts.pytorch_original import import_original
 NAMES = {
     "floor": "floor: matrix products",
     "ours": "this project",
+    "ours_bfloat16": "this project, matmul in bfloat16",
     "original": "PyTorch local-attention",
     "sdpa": "PyTorch, windows + SDPA",
     "bfloat16": "the same, autocast to bfloat16",
@@ -106,12 +108,16 @@ class Step(NamedTuple):
     loss: float
 
 
-def ours(arguments: argparse.Namespace) -> Iterator[Step]:
+def ours(arguments: argparse.Namespace, bfloat16: bool = False) -> Iterator[Step]:
     """Measure steps of this project; the first includes compilation."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
+    from local_attention import kernels
+
     ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_seed(0)  # so that both have the same weights
+    kernels.multiply_in_bfloat16(bfloat16)
     if arguments.attention:
         from local_attention import LocalAttention
 
@@ -222,7 +228,7 @@ def measure(step: Callable[[], float]) -> Iterator[Step]:
 def require_same_losses(first: dict[str, Step]) -> None:
     """Exit unless the implementations compute the same: all begin with the same weights."""
     for name, step in first.items():
-        difference, tolerance = abs(step.loss - first["ours"].loss), 1e-2 if name == "bfloat16" else 1e-4
+        difference, tolerance = abs(step.loss - first["ours"].loss), 1e-2 if "bfloat16" in name else 1e-4
         if name != "floor" and difference > tolerance:
             sys.exit(f"error: {NAMES[name]} differs from this project by {difference:.2g} in its first loss")
 
@@ -269,7 +275,11 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="option of both implementations"
     )
-    parser.add_argument("--bfloat16", action="store_true", help="also measure PyTorch with SDPA under autocast")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="also measure products in bfloat16, and PyTorch with SDPA under autocast",
+    )
     parser.add_argument("--profile", action="store_true", help="print a table of this project's operators instead")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
@@ -278,6 +288,7 @@ def main() -> int:
     implementations: dict[str, Callable[[argparse.Namespace], Iterator[Step]]] = {
         "floor": floor,
         "ours": ours,
+        "ours_bfloat16": partial(ours, bfloat16=True),
         "original": pytorch,
         "sdpa": partial(pytorch, sdpa=True),
         "bfloat16": partial(pytorch, sdpa=True, bfloat16=True),
@@ -297,7 +308,10 @@ def main() -> int:
         peers += ["sdpa", "bfloat16"] if arguments.bfloat16 else ["sdpa"]
     with tempfile.TemporaryDirectory() as folder:
         options = ["--weights", f"{folder}/weights.npz"]
-        workers = {name: Worker(name, options) for name in ("floor", "ours")}
+        own = (
+            ["floor", "ours", "ours_bfloat16"] if arguments.bfloat16 and not arguments.attention else ["floor", "ours"]
+        )
+        workers = {name: Worker(name, options) for name in own}
         workers |= workers_of_original(*peers, options=options)
         first = {name: worker.round() for name, worker in workers.items()}
     require_same_losses({name: Step(*measured["result"]) for name, measured in first.items()})
