@@ -90,8 +90,7 @@ def main(config: RunConfig) -> int | None:
 
         # Score the best weights on the validation and test splits.
         if not state.signal:
-            if state.best_step != state.step:  # else they are those in use
-                run_dir.restore_best(paths, model, distributed)
+            run_dir.restore_best(paths, model, distributed, state.step)
             scores = summary.score_splits(evaluator, corpus, state, log, train.final_eval_bytes)
     if state.signal:
         summary.print_interruption(paths.run_dir, state, hydra.overrides.task, distributed)

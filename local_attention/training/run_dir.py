@@ -14,7 +14,7 @@ import yaml
 from mindspore import nn
 
 from local_attention.training import checkpoint
-from local_attention.training.checkpoint import Checkpoints, remove_leftovers, write_text
+from local_attention.training.checkpoint import Checkpoints, remove_leftovers, step_of, write_text
 from local_attention.training.config import RunConfig, TrainConfig
 from local_attention.training.distributed import SINGLE_PROCESS, Distributed
 from local_attention.training.errors import CheckpointError, UsageError
@@ -132,9 +132,11 @@ def without_link(path: Path) -> Path:
     return found or path
 
 
-def restore_best(paths: RunPaths, model: nn.Cell, distributed: Distributed = SINGLE_PROCESS) -> None:
-    """Load the best weights of the run in all processes."""
-    if distributed.is_main and (best := Checkpoints(paths.checkpoints).find("best")):
+def restore_best(
+    paths: RunPaths, model: nn.Cell, distributed: Distributed = SINGLE_PROCESS, step: int | None = None
+) -> None:
+    """Load the best weights of the run in all processes, unless they are those of ``step``, which the model has."""
+    if distributed.is_main and (best := Checkpoints(paths.checkpoints).find("best")) and step_of(best) != step:
         checkpoint.restore(checkpoint.read(best)[0], model)
     distributed.broadcast_parameters(model.get_parameters())
 

@@ -62,6 +62,7 @@ EDGES = {
     "constant, cosine, wsd": (["linear", ""], ["constant", "cosine", "wsd"]),
     "auto, CPU, GPU, Ascend": (["cpu", "TPU", ""], ["auto", "CPU", "GPU", "Ascend"]),
     "none, data": (["model", ""], ["none", "data"]),
+    "float32, bfloat16": (["float16", ""], ["float32", "bfloat16"]),
     "float32, float16, bfloat16": (["half", "float64", ""], ["float32", "float16", "bfloat16"]),
     "train, val, test": (["valid", "Test", ""], ["train", "val", "test"]),
 }
@@ -510,5 +511,5 @@ def test_a_text_without_end_is_the_only_sample(checked):
 def test_keys_are_dotted_and_complete():
     assert set(keys_of(GenerateConfig)) == {
         *("run", "checkpoint", "prompt", "prompt_file", "length", "temperature", "top_k", "top_p", "num_samples"),
-        *("stop", "seed", "device.target", "device.precision"),
+        *("stop", "seed", "device.target", "device.precision", "device.matmul_precision"),
     }

@@ -45,6 +45,8 @@ CHANGED = {  # key of a run's config: a value other than the default
     "data.max_bytes": 5,
     "data.val_path": "elsewhere",
     "data.test_path": "elsewhere",
+    "device.matmul_precision": "bfloat16",
+    "model.embedding_skip": True,
     "model.exact_windowsize": False,
     "model.use_abs_pos_emb": False,
     "model.use_rotary_pos_emb": False,
