@@ -225,6 +225,17 @@ def measure(step: Callable[[], float]) -> Iterator[Step]:
         yield Step(time.perf_counter() - begin, loss)
 
 
+def can_multiply_in_bfloat16() -> bool:
+    from local_attention import kernels
+
+    try:
+        kernels.multiply_in_bfloat16(True)
+    except ValueError as error:
+        print(f"without {NAMES['ours_bfloat16']}: {error}")
+        return False
+    return True
+
+
 def require_same_losses(first: dict[str, Step]) -> None:
     """Exit unless the implementations compute the same: all begin with the same weights."""
     for name, step in first.items():
@@ -308,9 +319,9 @@ def main() -> int:
         peers += ["sdpa", "bfloat16"] if arguments.bfloat16 else ["sdpa"]
     with tempfile.TemporaryDirectory() as folder:
         options = ["--weights", f"{folder}/weights.npz"]
-        own = (
-            ["floor", "ours", "ours_bfloat16"] if arguments.bfloat16 and not arguments.attention else ["floor", "ours"]
-        )
+        own = ["floor", "ours"]
+        if arguments.bfloat16 and not arguments.attention and can_multiply_in_bfloat16():
+            own.append("ours_bfloat16")
         workers = {name: Worker(name, options) for name in own}
         workers |= workers_of_original(*peers, options=options)
         first = {name: worker.round() for name, worker in workers.items()}

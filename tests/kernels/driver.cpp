@@ -17,6 +17,7 @@
 #include "../../local_attention/kernels/thread_pool.h"
 
 using Operator = int(int, void **, int *, int64_t **, const char **, void *, void *);
+extern "C" int multiply_in_bfloat16(int);
 extern "C" Operator local_attention_forward, local_attention_backward, norm_linear_forward, norm_linear_backward,
     feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache,
     attend_chunk_to_cache, feed_forward;
@@ -216,14 +217,12 @@ bool same(const Tensors &one, const Tensors &other) {
   });
 }
 
-}  // namespace
-
-int main() {
-  const auto all = jobs();
+// Runs all jobs, alone and in several threads; returns whether one failed.
+bool fails(const std::vector<std::function<Tensors()>> &all) {
   std::vector<Tensors> alone;
   for (const auto &job : all) alone.push_back(job());
   for (size_t i = 0; i < all.size(); ++i)
-    if (!all_written(alone[i])) return std::fprintf(stderr, "job %zu did not write all of its outputs\n", i), 1;
+    if (!all_written(alone[i])) return std::fprintf(stderr, "job %zu did not write all of its outputs\n", i), true;
   std::atomic<int> different{0};
   std::vector<std::thread> threads;
   for (size_t thread = 0; thread < 3; ++thread)
@@ -235,6 +234,17 @@ int main() {
         }
     });
   for (std::thread &thread : threads) thread.join();
-  if (different) return std::fprintf(stderr, "%d results were others with several threads\n", different.load()), 1;
-  std::printf("%zu jobs of operators, alone and in three threads at once: no error\n", all.size());
+  if (different) std::fprintf(stderr, "%d results were others with several threads\n", different.load());
+  return different;
+}
+
+}  // namespace
+
+int main() {
+  const auto all = jobs();
+  if (fails(all)) return 1;
+  const bool can = !multiply_in_bfloat16(1);
+  if (can && fails(all)) return 1;
+  std::printf("%zu jobs of operators, alone and in three threads at once%s: no error\n", all.size(),
+              can ? ", also in bfloat16" : "");
 }
