@@ -55,7 +55,8 @@ def multiply_in_bfloat16(wanted: bool) -> None:
 
 def kernels_run(cell: nn.Cell) -> bool:
     """Whether the operators are there, for the device in use and for the parameters of ``cell``."""
-    in_float32 = all(parameter.dtype == ms.float32 for parameter in cell.get_parameters())
+    # int32: the step counter of an optimizer
+    in_float32 = all(parameter.dtype in (ms.float32, ms.int32) for parameter in cell.get_parameters())
     on_cpu = platform.system() == "Linux" and ms.get_context("device_target") == "CPU"
     return library() is not None and in_float32 and on_cpu
 

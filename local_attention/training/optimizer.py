@@ -10,8 +10,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.amp import DynamicLossScaler
 
+from local_attention.kernels import training_kernels_run
 from local_attention.layers import tree_map
 from local_attention.training.config import OptimizerConfig
+from local_attention.training.fused_update import FusedMuon
 
 
 def sum_of_squares(tensor):
@@ -152,6 +154,8 @@ class Muon(Adam):
             for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
             if row_decay > 0
         )
+        groups = [FusedMuon(end - begin) for begin, end, *_ in self.shape_groups]
+        self.fused = nn.CellList(groups) if training_kernels_run(self) else None
         self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
         self.matmul = ops.BatchMatMul()
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
@@ -159,6 +163,18 @@ class Muon(Adam):
     def update_excluded(self, gradients, rate, is_finite):
         done = ()
         decay = self.momentum * is_finite + (1 - is_finite)
+        if self.fused is not None:
+            row_decay = self.row_decay * is_finite + (1 - is_finite)
+            settings = ops.stack((decay, rate * self.lr_ratio, row_decay))
+            for number, (begin, end, weights, buffers, _) in enumerate(self.shape_groups):
+                squares = self.row_squares[number] if self.row_decay > 0 else settings[:1]
+                new = self.fused[number](settings, gradients[begin:end], buffers, weights, squares)
+                count = end - begin
+                done = done + (tree_map(ops.assign, buffers, new[:count]),)
+                done = done + (tree_map(ops.assign, weights, new[count : 2 * count]),)
+                if self.row_decay > 0:
+                    done = done + (ops.assign(squares, new[2 * count]),)
+            return done
         for number, (begin, end, weights, buffers, aspect_ratio) in enumerate(self.shape_groups):
             updates = tree_map(ops.partial(nesterov, decay, self.momentum), buffers, gradients[begin:end])
             updates = self.orthogonalise(ops.stack(updates))

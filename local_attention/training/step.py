@@ -9,8 +9,10 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.amp import DynamicLossScaler
 
+from local_attention.kernels import training_kernels_run
 from local_attention.layers import tree_map
 from local_attention.training.config import TrainConfig
+from local_attention.training.fused_update import FusedNorm, FusedTimesOrZero
 from local_attention.training.optimizer import Adam, sum_of_squares
 
 log = logging.getLogger("train")
@@ -18,9 +20,23 @@ log = logging.getLogger("train")
 zero_for_nan = ops.NanToNum(0.0, 0.0, 0.0)
 
 
-def times_or_zero(factor, tensor):
+def number_times_or_zero(factor, tensor):
     """Multiply; NaN and infinity become 0."""
     return zero_for_nan(tensor * factor)
+
+
+class GlobalNorm(nn.Cell):
+    """The root of the sum of all squares of a tuple of tensors, ``()`` float32."""
+
+    def construct(self, tensors):
+        return ops.sqrt(ops.addn(tree_map(sum_of_squares, tensors)))
+
+
+class TimesOrZero(nn.Cell):
+    """``factor: ()`` times each of a tuple of tensors; NaN and infinity become 0."""
+
+    def construct(self, factor, tensors):
+        return tree_map(ops.partial(number_times_or_zero, factor), tensors)
 
 
 class LanguageModelLoss(nn.Cell):
@@ -70,6 +86,9 @@ class TrainStep(nn.TrainOneStepCell):
         self.ngram_optimizer = getattr(optimizer, "ngram_optimizer", None)
         grad_position = None if self.ngram_optimizer is None else 1  # of ngram_rows, as only they change in a step
         self.loss_and_gradients = ops.value_and_grad(self.network, grad_position, self.weights)
+        is_fused = training_kernels_run(self)
+        self.global_norm = FusedNorm() if is_fused else GlobalNorm()
+        self.times_or_zero = FusedTimesOrZero(len(self.weights)) if is_fused else TimesOrZero()
         self.world_size = world_size
         if world_size > 1:
             self.all_reduce, self.all_gather = ops.AllReduce(), ops.AllGather()
@@ -109,7 +128,7 @@ class TrainStep(nn.TrainOneStepCell):
         if self.ngram_optimizer is not None and self.world_size > 1:
             # only the rows in use are sent, as the table is large
             bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
-        norm = global_norm(gradients)
+        norm = self.global_norm(gradients)
         if self.loss_scaler is not None:
             unscale = 1 / self.loss_scaler.scale_value
             loss, norm, rows = loss * unscale, norm * unscale, rows * unscale
@@ -123,14 +142,14 @@ class TrainStep(nn.TrainOneStepCell):
         if self.loss_scaler is not None:
             clip_coef = clip_coef * unscale
             self.loss_scaler.adjust(is_finite > 0)
-        clipped = tree_map(ops.partial(times_or_zero, clip_coef), gradients)
+        clipped = self.times_or_zero(clip_coef, gradients)
         learning_rate = self.optimizer.learning_rate + 0.0  # a copy, as the parameter changes before it is read
         if self.can_skip:
             loss = ops.depend(loss, self.optimizer(clipped, is_finite))
         else:
             loss = ops.depend(loss, self.optimizer(clipped))
         if self.ngram_optimizer is not None:
-            rows = times_or_zero(is_finite, rows)
+            rows = number_times_or_zero(is_finite, rows)
             loss = ops.depend(loss, self.ngram_optimizer(bucket_ids, rows, learning_rate))
         return loss, norm, learning_rate
 
@@ -159,11 +178,6 @@ class TrainStep(nn.TrainOneStepCell):
         scale = 1 / self.grad_accum_every
         gradients = tree_map(ops.partial(ops.mul, scale), self.gradient_sums)
         return self.loss_sum * scale, gradients, rows.reshape(shape) * scale
-
-
-def global_norm(tensors):
-    """Return the square root of the sum of all squares, () float32."""
-    return ops.sqrt(ops.addn(tree_map(sum_of_squares, tensors)))
 
 
 def compile_step(step: TrainStep, train: TrainConfig) -> None:

@@ -20,7 +20,7 @@ using Operator = int(int, void **, int *, int64_t **, const char **, void *, voi
 extern "C" int multiply_in_bfloat16(int);
 extern "C" Operator local_attention_forward, local_attention_backward, norm_linear_forward, norm_linear_backward,
     feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache,
-    attend_chunk_to_cache, feed_forward;
+    attend_chunk_to_cache, feed_forward, global_norm, times_or_zero, muon_step;
 
 // Instead of the standard library's: so that the thread pool has workers on any machine.
 unsigned std::thread::hardware_concurrency() noexcept { return 4; }
@@ -171,6 +171,21 @@ Tensors prefill(int64_t n, int64_t slots, bool options) {
               {{b, n, heads * d}});
 }
 
+Tensors clip(int64_t rows) {
+  Random random(rows);
+  const Tensors tensors = {random({rows, 900}), random({}), random({7})};
+  const Tensors norm = call(global_norm, tensors, {{1}});
+  return norm + call(times_or_zero, norm + tensors, shapes_of(tensors));
+}
+
+Tensors muon(int64_t k, int64_t m, int64_t n, bool options) {
+  Random random(m + n);
+  Tensors inputs = {random({3}, 0.5, 0.9)};
+  for (int64_t i = 0; i < 3 * k; ++i) inputs.push_back(random({m, n}));
+  inputs.push_back(options ? random({k, m, 1}, 0.1, 1) : random({1}));
+  return call(muon_step, inputs, shapes_of({inputs.begin() + 1 + k, inputs.end()}));
+}
+
 // Many loops of few tasks, each of which must run once.
 Tensors loops(int64_t count) {
   std::vector<int> runs(count);
@@ -196,6 +211,10 @@ std::vector<std::function<Tensors()>> jobs() {
   }
   for (int64_t rows : {1, 64, 200})
     for (int32_t classes : {1, 16, 37}) jobs.push_back([=] { return cross_entropy(rows, classes); });
+  for (int64_t rows : {1, 37, 100}) jobs.push_back([=] { return clip(rows); });
+  for (int64_t k : {1, 3})
+    for (int64_t m : {2, 64, 100})
+      for (int64_t n : {2, 64, 150}) jobs.push_back([=] { return muon(k, m, n, (m + n) % 3); });
   for (int64_t b : {1, 9})
     for (int64_t span : {1, 21})
       for (bool options : {false, true}) jobs.push_back([=] { return decoding(b, span, options); });

@@ -1,10 +1,7 @@
 """Fixtures of the library's tests."""
 
 import mindspore as ms
-import numpy as np
 import pytest
-
-from local_attention import kernels
 
 MODES = {"graph": ms.GRAPH_MODE, "eager": ms.PYNATIVE_MODE}
 
@@ -25,16 +22,3 @@ def mode(request, monkeypatch, tmp_path):
     ms.set_context(mode=MODES[name])
     yield
     ms.set_context(mode=before)
-
-
-@pytest.fixture
-def path(request, monkeypatch):
-    """Let cells that the test builds compute by operators in C++ where these are there, or by MindSpore's own alone."""
-    if request.param == "portable":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    return request.param
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)

@@ -7,6 +7,7 @@ from mindspore import Parameter, ParameterTuple, Tensor
 
 from local_attention.training.config import OptimizerConfig
 from local_attention.training.optimizer import RowAdagrad, build_optimizer, is_decayed, is_hidden_matrix
+from tests.local_attention.cells import both_paths
 from tests.training.toys import tiny_transformer
 
 CONFIG = OptimizerConfig(name="adamw", lr=0.05, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.3)
@@ -76,6 +77,7 @@ def assert_same(weights, wanted):
         np.testing.assert_allclose(weights[name], wanted[name], atol=1e-6, err_msg=name)
 
 
+@both_paths
 @pytest.mark.parametrize(
     "change",
     [{}, {"muon_lr": 0.04}, {"momentum": 0.5}, {"weight_decay": 0.9}, {"beta2": 0.8}, {"muon_beta2": 0.9}],
@@ -85,6 +87,7 @@ def test_muon_orthogonalises_momentum_of_hidden_matrices_and_leaves_the_rest_to_
     assert_same(trained(config, RATES), definition(config, RATES))
 
 
+@both_paths
 def test_a_skipped_step_of_muon_and_matrices_without_a_gradient_change_nothing():
     config = replace(CONFIG, name="muon", weight_decay=0.0, muon_beta2=0.9)
     parameters = ParameterTuple([Parameter(Tensor(value, ms.float32), name=name) for name, value in START.items()])

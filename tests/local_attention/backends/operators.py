@@ -76,6 +76,15 @@ def results(library, seed=0):
     yield losses
     yield from call(library, "cross_entropy_backward", [logits, labels, losses], [logits.shape])
 
+    tensors = [logits, *weights, labels.astype(np.float32)]
+    yield from call(library, "global_norm", tensors, [(1,)])
+    yield from call(library, "times_or_zero", [numbers(rng, 1), *tensors], [x.shape for x in tensors])
+    for shape in ((150, 70), (70, 150)):
+        matrices, row_squares = [numbers(rng, *shape) for _ in range(3 * 4)], np.ones((4, shape[0], 1), np.float32)
+        settings = np.array([0.9, 0.1, 0.8], np.float32)
+        inputs = [settings, *matrices, row_squares]
+        yield from call(library, "muon_step", inputs, [x.shape for x in inputs[5:]])
+
 
 def digest(library):
     return hashlib.sha256(b"".join(x.tobytes() for x in results(library))).hexdigest()
