@@ -131,13 +131,14 @@ class GradientByHand(TypedCell):
     memory is saved. Both passes of a cell have the same scope: hence the other cell.
 
     Args:
-        forward: the other cell.
         args: for the next base, where ``bprop`` needs the methods of the other cell, too.
+        forward: the other cell; by default one of the class of that base, with the same arguments.
     """
 
-    def __init__(self, forward: nn.Cell, *args: Any) -> None:
+    def __init__(self, *args: Any, forward: nn.Cell | None = None) -> None:
         super().__init__(*args)
-        self.forward = forward
+        bases = type(self).__mro__
+        self.forward = bases[bases.index(GradientByHand) + 1](*args) if forward is None else forward
 
     def construct(self, *inputs):
         return self.forward(*inputs)

@@ -7,7 +7,6 @@ from mindspore.common.initializer import initializer
 from local_attention.constants import shared_cell
 from local_attention.layers import Product, dense
 from local_attention.mindspore_quirks import TypedCell
-from local_attention.options import MAX_NGRAM_BUCKETS
 
 # Hashes stay below 2**31: (2**18 - 1) * FACTOR + num_tokens. A prime, so that the earliest tokens still count.
 FACTOR = 8167
@@ -31,10 +30,6 @@ class NgramEmbedding(TypedCell):
 
     def __init__(self, max_ngram: int, buckets: int, ngram_dim: int, dim: int) -> None:
         super().__init__()
-        if not 2 <= buckets <= MAX_NGRAM_BUCKETS:
-            raise ValueError(f"expected ngram_buckets from 2 to {MAX_NGRAM_BUCKETS}, got {buckets}")
-        if ngram_dim < 1:
-            raise ValueError(f"expected ngram_dim >= 1, got {ngram_dim}")
         self.context, self.buckets, self.ngram_dim = max_ngram - 1, buckets, ngram_dim
         rows = self.context * buckets
         self.embedding_table = Parameter(initializer("zeros", (rows, ngram_dim), ms.float32), name="embedding_table")

@@ -1,19 +1,10 @@
 """Attention backends: how attention is computed, from queries, keys and values to the output of each head.
 
-========================  =====================================================  ======================
-backend                   used for                                               keys come from
-========================  =====================================================  ======================
-``blocked``               training and evaluation, on any device                 the sequence itself
-``fused`` (C++)           the same on a CPU, where it was built                  the sequence itself
-``tiled``                 the same for global attention, on any device           the sequence itself
-``cached``                prefill and decoding, on any device                    the KV cache
-``cached_cpu`` (C++)      decoding on a CPU, where it was built                  the KV cache
-========================  =====================================================  ======================
-
-Everything else, from projections to rotation and the merging of heads, is written once, in :class:`LocalMHA` and
-:class:`LocalAttention`. A backend *declares* the options that it computes; :func:`choose_backend` takes the first one
-that computes all options in use, that is, those with another value than the default. So the default of an option must
-leave the formula as it is. An option in use that no backend declares is refused.
+docs/architecture.md lists them. Everything else, from projections to rotation and the merging of heads, is written
+once, in :class:`LocalMHA` and :class:`LocalAttention`. A backend *declares* the options that it computes;
+:func:`choose_backend` takes the first one that computes all options in use, that is, those with another value than the
+default. So the default of an option must leave the formula as it is. An option in use that no backend declares is
+refused.
 """
 
 from collections.abc import Sequence

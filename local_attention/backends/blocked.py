@@ -129,9 +129,6 @@ class Attend(GradientByHand, AttendForward):
     softmax gradient takes 37 ms, this one a third of that.)
     """
 
-    def __init__(self):
-        super().__init__(AttendForward())
-
     def bprop(self, q, k, v, mask, out, do):
         p = self.weights(q, k, mask)
         if v.dtype == p.dtype:
@@ -151,9 +148,6 @@ class AttendWithDropoutForward(AttendForward):
 
 
 class AttendWithDropout(GradientByHand, AttendWithDropoutForward):
-    def __init__(self):
-        super().__init__(AttendWithDropoutForward())
-
     def bprop(self, q, k, v, mask, keep, out, do):
         p = self.weights(q, k, mask)
         dp = cast(self.matmul_nt(do, v), p.dtype) * keep

@@ -1,4 +1,4 @@
-"""The two branches of a layer for one decoded token, each as one operator in C++ on a CPU; see kernels/README.md."""
+"""Prefill and decoding by operators in C++ on a CPU, one for each branch of a layer; see kernels/README.md."""
 
 import mindspore as ms
 import numpy as np

@@ -1,4 +1,4 @@
-"""What fused operators in C++ compute for whole sequences on a CPU: training, evaluation and prefill."""
+"""What fused operators in C++ compute for whole sequences on a CPU: the attention of training and evaluation."""
 
 import math
 
@@ -75,7 +75,7 @@ class FusedAttend(GradientByHand):
     """The operator and its gradient. Arguments and results: ``kernels/attention.cpp``."""
 
     def __init__(self) -> None:
-        super().__init__(OperatorCell("local_attention_forward", forward_shapes, 2))
+        super().__init__(forward=OperatorCell("local_attention_forward", forward_shapes, 2))
         self.backward = operator("local_attention_backward", backward_shapes, 4)
 
     def bprop(self, q, k, v, sizes, factors, rotation, decay, keep, bias, out, grad):

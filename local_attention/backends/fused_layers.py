@@ -22,7 +22,7 @@ class FusedNormLinear(GradientByHand):
     """
 
     def __init__(self, outputs: int) -> None:
-        super().__init__(NormLinearForward("norm_linear_forward", norm_linear_shapes, outputs))
+        super().__init__(forward=NormLinearForward("norm_linear_forward", norm_linear_shapes, outputs))
         self.outputs = outputs
         self.backward = operator("norm_linear_backward", inputs_as_shapes(3 + outputs), 3 + outputs)
 
@@ -62,7 +62,7 @@ class FusedFeedForward(GradientByHand):
     is_available = staticmethod(training_kernels_run)
 
     def __init__(self) -> None:
-        super().__init__(OperatorCell("feed_forward_forward", feed_forward_shapes, 3))
+        super().__init__(forward=OperatorCell("feed_forward_forward", feed_forward_shapes, 3))
         self.backward = operator("feed_forward_backward", inputs_as_shapes(6), 6)
 
     def bprop(self, x, gamma, beta, to_value, to_gate, to_out, out, grad):
@@ -80,7 +80,7 @@ class FusedCrossEntropy(GradientByHand):
     """:class:`CrossEntropy` in one operator: ``logits: (rows, classes)``, ``labels: (rows,)`` int32 to ``(rows,)``."""
 
     def __init__(self) -> None:
-        super().__init__(OperatorCell("cross_entropy_forward", cross_entropy_shapes))
+        super().__init__(forward=OperatorCell("cross_entropy_forward", cross_entropy_shapes))
         self.backward = operator("cross_entropy_backward")
 
     def bprop(self, logits, labels, out, grad):

@@ -128,9 +128,6 @@ class TiledAttendForward(TypedCell):
 class TiledAttend(GradientByHand, TiledAttendForward):
     """The same with its gradient written by hand, see :class:`backends.blocked.Attend`."""
 
-    def __init__(self, causal, self_value, dropout=None):
-        super().__init__(TiledAttendForward(causal, self_value, dropout), causal, self_value, dropout)
-
     def bprop(self, q, k, v, call, dropping, out, do):
         # Other nodes of the graph than in the forward pass: else its weights would be kept, not computed again.
         q, k = ops.depend(q, do), ops.depend(k, do)

@@ -19,8 +19,8 @@ class DecodableModel(Protocol):
     def distance_bias(self, distances: Any, count: int) -> Any:
         """The bias of the scores for ``distances: (m,)`` below ``count``, ``(heads, m)``; or None."""
 
-    def run_layers(self, layers: Any, x: Any, attention_inputs: Any, global_inputs: Any) -> Any:
-        """``x: (b, n, dim)`` through ``layers``, returns the same shape."""
+    def run_layers(self, layers: Any, x: Any, inputs: Any, inputs_of_layers: Any) -> Any:
+        """``x: (b, n, dim)`` through ``layers``, which take some of ``inputs``; returns the same shape."""
 
     def logits(self, hidden: Any) -> Any:
         """``(b, n, dim) -> (b, n, num_tokens)``."""

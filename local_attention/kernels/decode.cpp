@@ -11,9 +11,9 @@
 #include <cstdlib>
 #include <memory>
 
+#include "attend.h"
 #include "operator.h"
 #include "thread_pool.h"
-#include "vector.h"
 
 namespace {
 
@@ -117,14 +117,6 @@ INLINE void normalise(float *x, const float *scale, int64_t d) {
   for (int64_t c = 0; c < d; ++c) x[c] *= inverse_length * (scale ? scale[c] : 1);
 }
 
-// out = x rotated by angles with these cosines and sines, each of d numbers: [x1, x2] cos + [-x2, x1] sin.
-INLINE void apply_rotary(const float *x, const float *cos, const float *sin, int64_t d, float *out) {
-  const int64_t half = d / 2;
-  for (int64_t c = 0; c < half; ++c) out[c] = x[c] * cos[c] - x[c + half] * sin[c];
-  for (int64_t c = half; c < 2 * half; ++c) out[c] = x[c] * cos[c] + x[c - half] * sin[c];
-  if (d % 2) out[d - 1] = x[d - 1] * cos[d - 1];  // without rotary embeddings: all sines are 0
-}
-
 // One head, and the `span` slots of keys and values, of d numbers each, in its cache.
 struct Head {
   int64_t span, d;
@@ -146,8 +138,8 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
     normalise(k, head.k_scale, d);
   }
   if (head.unit_keys) normalise(k, nullptr, d);
-  apply_rotary(q, head.q_cos, head.q_sin, d, query);
-  apply_rotary(k, head.k_cos, head.k_sin, d, head.keys + head.own * d);
+  rotate_rows({q, d}, head.q_cos, head.q_sin, 1, d, 1, query);
+  rotate_rows({k, d}, head.k_cos, head.k_sin, 1, d, 1, head.keys + head.own * d);
   std::copy_n(v, d, head.values + head.own * d);
   int64_t s = 0;
   if (head.decay) {
@@ -163,9 +155,9 @@ FOR_EACH_PROCESSOR void attend(const Head &head, float *q, float *k, const float
     }
     for (; s < span; ++s) scores[s] = dot(query, head.keys + s * d, d);
   }
-  float largest = -INFINITY, total = 0;
   for (s = 0; s < span; ++s) scores[s] += head.mask[s];
-  for (s = 0; s < span; ++s) largest = std::max(largest, scores[s]);
+  const float largest = maximum(scores, span);
+  float total = 0;
   for (s = 0; s < span; ++s) scores[s] = exp_of_negative(scores[s] - largest);
   for (s = 0; s < span; ++s) total += scores[s];
   for (s = 0; s < span; ++s) scores[s] /= total;

@@ -272,10 +272,14 @@ def build_optimizer(
     dense = [parameter for parameter in params if all(parameter is not table for table in tables)]
     adam = (dense, config.lr, config.beta1, config.beta2, config.eps)
     optimizer: Adam
-    if config.name == "muon":
+    if config.name == "adam":
+        optimizer = Adam(*adam)
+    elif config.name == "adamw":
+        optimizer = Adam(*adam, config.weight_decay)
+    elif config.name == "muon":
         optimizer = Muon(*adam, config.weight_decay, config.muon_lr, config.momentum, config.muon_beta2)
     else:
-        optimizer = Adam(*adam, config.weight_decay if config.name == "adamw" else 0.0)
+        raise ValueError(f"no optimizer is called {config.name}")
     optimizer.ngram_optimizer = RowAdagrad(tables[0], config.ngram_lr / config.lr) if tables else None
     optimizer.loss_scaler = scaler
     return optimizer

@@ -116,10 +116,11 @@ class TrainStep(nn.TrainOneStepCell):
             inputs = sequences.reshape((-1, sequences.shape[-1]))[:, :-1]
             bucket_ids = self.ngram_emb.bucket_ids_of_sequence(inputs)
             rows = self.ngram_emb.look_up(bucket_ids)
+        row_gradients = rows  # without n-grams, neither has a meaning
         if self.grad_accum_every > 1:
-            loss, gradients, rows = self.accumulate(sequences, rows)
+            loss, gradients, row_gradients = self.accumulate(sequences, rows)
         elif self.ngram_optimizer is not None:
-            loss, (rows, gradients) = self.loss_and_gradients(sequences[0], rows)
+            loss, (row_gradients, gradients) = self.loss_and_gradients(sequences[0], rows)
         else:
             loss, gradients = self.loss_and_gradients(sequences[0])
         if self.world_size > 1:
@@ -127,13 +128,14 @@ class TrainStep(nn.TrainOneStepCell):
             gradients = self.grad_reducer(gradients)  # the mean over the processes
         if self.ngram_optimizer is not None and self.world_size > 1:
             # only the rows in use are sent, as the table is large
-            bucket_ids, rows = self.all_gather(bucket_ids), self.all_gather(rows) / self.world_size
+            bucket_ids = self.all_gather(bucket_ids)
+            row_gradients = self.all_gather(row_gradients) / self.world_size
         norm = self.global_norm(gradients)
         if self.loss_scaler is not None:
             unscale = 1 / self.loss_scaler.scale_value
-            loss, norm, rows = loss * unscale, norm * unscale, rows * unscale
+            loss, norm, row_gradients = loss * unscale, norm * unscale, row_gradients * unscale
             if self.ngram_optimizer is not None:  # whose gradients may overflow, too
-                total = rows.sum()
+                total = row_gradients.sum()
                 norm = ops.select(ops.isfinite(total), norm, total)
         # An update inside an "if" of the graph does not reach the weights (MindSpore 2.10 on CPUs), so to skip a step,
         # it is multiplied by zero.
@@ -149,8 +151,8 @@ class TrainStep(nn.TrainOneStepCell):
         else:
             loss = ops.depend(loss, self.optimizer(clipped))
         if self.ngram_optimizer is not None:
-            rows = number_times_or_zero(is_finite, rows)
-            loss = ops.depend(loss, self.ngram_optimizer(bucket_ids, rows, learning_rate))
+            row_gradients = number_times_or_zero(is_finite, row_gradients)
+            loss = ops.depend(loss, self.ngram_optimizer(bucket_ids, row_gradients, learning_rate))
         return loss, norm, learning_rate
 
     def accumulate(self, sequences, rows):

@@ -148,6 +148,13 @@ def test_adam_ignores_weight_decay():
     assert_same(trained(adam, RATES), trained(replace(adam, weight_decay=0.0), RATES))
 
 
+def test_an_optimizer_that_was_declared_but_not_written_is_no_other_one():
+    config = replace(CONFIG)
+    config.name = "sgd"  # as if its name alone had been added
+    with pytest.raises(ValueError, match="no optimizer is called sgd"):
+        build_optimizer(config, tiny_transformer().trainable_params())
+
+
 def test_only_matrices_of_linear_layers_decay():
     names = {parameter.name for parameter in tiny_transformer().trainable_params() if is_decayed(parameter)}
     layer = {"attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out"}
