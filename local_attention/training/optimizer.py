@@ -161,28 +161,33 @@ class Muon(Adam):
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
 
     def update_excluded(self, gradients, rate, is_finite):
-        done = ()
-        decay = self.momentum * is_finite + (1 - is_finite)
+        # in a skipped step, buffers and mean squares do not decay
+        momentum = self.momentum * is_finite + (1 - is_finite)
+        row_decay = self.row_decay * is_finite + (1 - is_finite)
+        rate = rate * self.lr_ratio
         if self.fused is not None:
-            row_decay = self.row_decay * is_finite + (1 - is_finite)
-            settings = ops.stack((decay, rate * self.lr_ratio, row_decay))
-            for number, (begin, end, weights, buffers, _) in enumerate(self.shape_groups):
-                squares = self.row_squares[number] if self.row_decay > 0 else settings[:1]
-                new = self.fused[number](settings, gradients[begin:end], buffers, weights, squares)
-                count = end - begin
-                done = done + (tree_map(ops.assign, buffers, new[:count]),)
-                done = done + (tree_map(ops.assign, weights, new[count : 2 * count]),)
-                if self.row_decay > 0:
-                    done = done + (ops.assign(squares, new[2 * count]),)
-            return done
+            return self.update_fused(gradients, ops.stack((momentum, rate, row_decay)))
+        done = ()
         for number, (begin, end, weights, buffers, aspect_ratio) in enumerate(self.shape_groups):
-            updates = tree_map(ops.partial(nesterov, decay, self.momentum), buffers, gradients[begin:end])
+            updates = tree_map(ops.partial(nesterov, momentum, self.momentum), buffers, gradients[begin:end])
             updates = self.orthogonalise(ops.stack(updates))
             if self.row_decay > 0:
-                updates = self.divide_rows(updates, self.row_squares[number], is_finite)
+                updates = self.divide_rows(updates, self.row_squares[number], row_decay)
             updates = ops.unstack(updates)  # indexing would take 42 ms per step
-            step = ops.partial(apply_update, rate * (self.lr_ratio * aspect_ratio))
-            done = done + (tree_map(step, weights, updates),)
+            done = done + (tree_map(ops.partial(apply_update, rate * aspect_ratio), weights, updates),)
+        return done
+
+    def update_fused(self, gradients, settings):
+        done = ()
+        for number, (begin, end, weights, buffers, _) in enumerate(self.shape_groups):
+            count, row_squares = end - begin, settings[:1]
+            if self.row_decay > 0:
+                row_squares = self.row_squares[number]
+            new = self.fused[number](settings, gradients[begin:end], buffers, weights, row_squares)
+            done = done + (tree_map(ops.assign, buffers, new[:count]),)
+            done = done + (tree_map(ops.assign, weights, new[count : 2 * count]),)
+            if self.row_decay > 0:
+                done = done + (ops.assign(row_squares, new[2 * count]),)
         return done
 
     def orthogonalise(self, x):
@@ -197,9 +202,8 @@ class Muon(Adam):
             x = x * 3.4445 + (self.matmul(x, polynomial) if is_tall else self.matmul(polynomial, x))
         return x
 
-    def divide_rows(self, updates, row_squares, is_finite):
+    def divide_rows(self, updates, row_squares, decay):
         """Divide the rows of ``updates: (k, m, n)`` by the roots of ``row_squares: (k, m, 1)``, which are updated."""
-        decay = self.row_decay * is_finite + (1 - is_finite)
         squares = row_squares * decay + self.mean(updates * updates, 2) * (1 - decay)
         squares = ops.depend(squares, ops.assign(row_squares, squares))
         divided = updates * ops.rsqrt(squares + 1e-10)
