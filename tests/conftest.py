@@ -10,8 +10,9 @@ from local_attention import kernels
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """Tests that were started in the background ignore SIGINT, and so would the programs that they start."""
+    """Tests in the background ignore SIGINT, those under nohup SIGHUP, and so would the programs that they start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -318,6 +318,8 @@ def test_operators_refuse_arguments_of_another_number_or_type(library, changed, 
     call, refused = operators.call, []
 
     def call_with_changed(library, name, inputs, shapes):
+        if changed == "one input less" and name == "global_norm":  # takes any number
+            return call(library, name, inputs, shapes)
         last = inputs[-1].astype(np.float64)
         with pytest.raises(ValueError, match=f"{name} returned 1"):
             call(library, name, inputs[:-1] if changed == "one input less" else [*inputs[:-1], last], shapes)
@@ -325,7 +327,8 @@ def test_operators_refuse_arguments_of_another_number_or_type(library, changed, 
         return call(library, name, inputs, shapes)
 
     monkeypatch.setattr(operators, "call", call_with_changed)
-    assert len(list(operators.results(library))) == 24 and len(refused) == 8
+    assert len(list(operators.results(library))) == 48
+    assert len(refused) == (11 if changed == "one input less" else 12)
 
 
 def test_attention_refuses_a_decay_for_another_window(library, rng):
