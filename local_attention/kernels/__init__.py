@@ -74,7 +74,15 @@ class Operator(ops.Custom):
 
 
 def operator(name: str, shapes: Callable = lambda x, *_: x, outputs: int = 1) -> Operator:
-    """An operator whose ``outputs`` have the ``shapes`` that a function gives for those of its inputs."""
+    """An operator whose ``outputs`` have the ``shapes`` that a function gives for those of its inputs.
+
+    Raises:
+        RuntimeError: the library was built from other sources, which do not contain it.
+    """
+    if not hasattr(ctypes.CDLL(library()), name):
+        raise RuntimeError(
+            f"{library()} was built from other sources, without {name}: pip install -e . builds it again"
+        )
     dtypes = ms.float32 if outputs == 1 else (ms.float32,) * outputs
     return Operator(f"{library()}:{name}", shapes, dtypes, func_type="aot")
 

@@ -15,8 +15,6 @@ using namespace kernels;
 
 constexpr int64_t kNumbers = 1 << 15;  // per task
 
-FOR_EACH_PROCESSOR float sum_of_squares(const float *x, int64_t n) { return dot(x, x, n); }
-
 FOR_EACH_PROCESSOR void multiply_or_zero(const float *x, float factor, int64_t n, float *RESTRICT out) {
   for (int64_t c = 0; c < n; ++c) out[c] = std::abs(x[c] * factor) <= FLT_MAX ? x[c] * factor : 0;
 }

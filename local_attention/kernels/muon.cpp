@@ -10,11 +10,11 @@ namespace {
 
 using namespace kernels;
 
-enum { kMomentum, kRate, kRowDecay };  // the settings, of which the tensor is the first input; then
-                                       // k gradients, k momentum buffers and k weights, each (m, n); then
-                                       // the mean squares of rows (k, m, 1), absent if rows are not divided
+// The first input. Then k gradients, k momentum buffers and k weights follow, each (m, n), and the mean squares of rows,
+// (k, m, 1), absent if rows are not divided.
+enum { kMomentum, kRate, kRowDecay };
 
-// buffer = momentum * buffer + gradient; update = momentum * buffer + gradient, of which the sum of squares is returned.
+// buffer = momentum * old + gradient; update = momentum * buffer + gradient, of which the sum of squares is returned.
 FOR_EACH_PROCESSOR float add_momentum(const float *gradient, const float *old, float momentum, int64_t n,
                                       float *RESTRICT buffer, float *RESTRICT update) {
   for (int64_t c = 0; c < n; ++c) {
@@ -27,9 +27,6 @@ FOR_EACH_PROCESSOR float add_momentum(const float *gradient, const float *old, f
 FOR_EACH_PROCESSOR void scale(float *RESTRICT x, float factor, int64_t n) {
   for (int64_t c = 0; c < n; ++c) x[c] *= factor;
 }
-
-// Returns the sum of squares.
-FOR_EACH_PROCESSOR float sum_of_squares(const float *x, int64_t n) { return dot(x, x, n); }
 
 FOR_EACH_PROCESSOR void subtract(const float *weight, const float *update, float rate, int64_t n, float *RESTRICT out) {
   for (int64_t c = 0; c < n; ++c) out[c] = weight[c] - update[c] * rate;

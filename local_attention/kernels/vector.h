@@ -25,6 +25,8 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
   return sum;
 }
 
+FOR_EACH_PROCESSOR static float sum_of_squares(const float *x, int64_t n) { return dot(x, x, n); }
+
 // The largest of n numbers; GCC does not vectorise std::max over them, because of NaN.
 INLINE float maximum(const float *x, int64_t n) {
   constexpr int64_t kLanes = 16;

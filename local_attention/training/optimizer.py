@@ -154,8 +154,9 @@ class Muon(Adam):
             for begin, end, (m, n) in equal_runs([p.shape for p in self.parameters], self.adam_count)
             if row_decay > 0
         )
-        groups = [FusedMuon(end - begin) for begin, end, *_ in self.shape_groups]
-        self.fused = nn.CellList(groups) if training_kernels_run(self) else None
+        self.fused = None
+        if training_kernels_run(self):
+            self.fused = nn.CellList([FusedMuon(end - begin) for begin, end, *_ in self.shape_groups])
         self.mean, self.sum = ops.ReduceMean(keep_dims=True), ops.ReduceSum(keep_dims=True)
         self.matmul = ops.BatchMatMul()
         self.matmul_nt, self.matmul_tn = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)

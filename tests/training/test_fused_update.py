@@ -11,8 +11,6 @@ from local_attention.training.optimizer import build_optimizer
 from local_attention.training.step import GlobalNorm, TimesOrZero
 from tests.local_attention.cells import needs_fused, portable
 
-pytestmark = needs_fused
-
 SHAPES = [(3,), (1, 7), (300, 300), (2, 40_000), (32_768,)]  # a task has 32,768 numbers
 
 
@@ -20,7 +18,7 @@ def tensors(rng):
     return [rng.standard_normal(shape).astype(np.float32) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("build", [FusedNorm, GlobalNorm])
+@pytest.mark.parametrize("build", [pytest.param(FusedNorm, marks=needs_fused), GlobalNorm])
 def test_the_norm_is_that_of_all_numbers(build, rng):
     arrays = tensors(rng)
     for count in (1, len(arrays)):
@@ -32,7 +30,10 @@ def test_the_norm_is_that_of_all_numbers(build, rng):
         assert not np.isfinite(build()(tuple(map(Tensor, arrays))).asnumpy())
 
 
-@pytest.mark.parametrize("build", [FusedTimesOrZero, lambda count: TimesOrZero()])
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(FusedTimesOrZero, marks=needs_fused), pytest.param(lambda count: TimesOrZero(), id="portable")],
+)
 @pytest.mark.parametrize("factor", [0.3, 0.0])
 def test_products_are_zero_where_they_are_not_finite(build, factor, rng):
     arrays = tensors(rng)
@@ -45,6 +46,7 @@ def test_products_are_zero_where_they_are_not_finite(build, factor, rng):
             np.testing.assert_array_equal(product.asnumpy(), wanted)
 
 
+@needs_fused
 @pytest.mark.parametrize("row_decay", [0.0, 0.9])
 @pytest.mark.parametrize("shape", [(64, 64), (65, 130), (130, 65), (2, 200)])
 def test_fused_muon_does_what_mindspores_operators_do(shape, row_decay, rng):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from local_attention.decoding import DecodingSession
-from local_attention.kernels import has_gemm, library
+from local_attention.kernels import has_gemm, library, operator
 from tests.local_attention.models import needs_kernels, sequences, transformer
 
 
@@ -14,6 +14,12 @@ def test_the_kernels_are_there_wherever_they_can_be_built():
     can_build = platform.system() == "Linux" and which("g++") is not None
     assert library() is not None or not can_build, "pip had g++ but did not build the operators: install again with -v"
     assert library() is None or has_gemm(), "the operators were built, but MindSpore's oneDNN was not found"
+
+
+@needs_kernels
+def test_a_library_built_from_former_sources_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"without attend_to_all: pip install -e \. builds it again"):
+        operator("attend_to_all")
 
 
 @needs_kernels
