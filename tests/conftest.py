@@ -2,6 +2,7 @@
 
 import signal
 
+import mindspore as ms
 import numpy as np
 import pytest
 
@@ -13,6 +14,12 @@ def interruptible():
     """Tests in the background ignore SIGINT, those under nohup SIGHUP, and so would the programs that they start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def random_numbers():
+    """Start each test from the same random numbers, whichever tests ran before it."""
+    ms.set_seed(0)
 
 
 @pytest.fixture

@@ -154,7 +154,6 @@ def test_processes_see_the_sequences_of_one_process_with_a_batch_as_large_as_all
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_score_is_the_same_to_the_bit_for_any_world_size(world_size):
-    ms.set_seed(0)
     model = tiny_transformer()
     data = np.random.default_rng(0).integers(0, 256, 150, dtype=np.uint8)
     single = Evaluator(model, 16, 2)

@@ -216,6 +216,7 @@ def test_a_checksum_changes_with_the_weights_and_with_each_byte_that_counts(mode
         changed = data.copy()
         changed[i] ^= 1
         assert evaluator.checksum(changed, 10, 20) == checksum
+    ms.set_seed(1)
     others.append(Evaluator(tiny_transformer(), SEQ_LEN, 5).checksum(data, 10, 20))
     assert len({checksum, *others}) == 1 + len(others)
 

@@ -291,7 +291,6 @@ HALF_BATCH = BATCH[:1, :, :17]
 
 def half_step(initial_scale):
     """A step of a model with n-grams in float16, and its optimizer."""
-    ms.set_seed(0)
     model = tiny_transformer(max_ngram=2, ngram_buckets=11).to_float(ms.float16)
     optimizer = build_optimizer(OptimizerConfig(), model.trainable_params(), loss_scaler("float16", initial_scale))
     step = TrainStep(model, optimizer, 1, 0.5).set_train()
