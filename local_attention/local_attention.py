@@ -90,40 +90,51 @@ class LocalAttention(Recomputable):
         _check_window(window_size, self.use_xpos)
         window = self.window_size if window_size is None else window_size
         _check_shapes(q.shape, k.shape, v.shape, window, self.autopad, self.dim)
-        shape = q.shape
+        q, k, v = self.typed(q), self.typed(k), self.typed(v)
+        dtype, shape = _common_type(q.dtype, k.dtype, v.dtype), q.shape
         length, d, e = shape[-2], shape[-1], v.shape[-1]
         q, k, v = q.reshape((-1, length, d)), k.reshape((-1, length, d)), v.reshape((-1, length, e))
         mask = input_mask if mask is None else mask
-        return self.attend_heads(q, k, v, 1, mask, attn_bias, window, attn_mask).reshape((*shape[:-1], e))
+        if attn_mask is None and self.takes_projections(dtype, window):
+            out = self.attend_projections(q, k, v, 1, window, mask, attn_bias)
+        else:
+            out = self.attend_heads(q, k, v, window, mask, attn_bias, attn_mask)
+        return out.reshape((*shape[:-1], e))
 
-    def attend_heads(self, q, k, v, heads, mask=None, attn_bias=None, window_size=None, attn_mask=None):
+    def attend_projections(self, q, k, v, heads, window_size, mask, attn_bias):
         """Attend with heads side by side, ``q, k: (b, n, h d)``, ``v: (b, n, h e)``; returns ``(b, n, h e)``.
 
-        Several heads only where the backend takes them, see :meth:`takes_projections`.
+        Only where the backend takes them, see :meth:`takes_projections`.
         """
-        q, k, v = self.typed(q), self.typed(k), self.typed(v)
-        dtype = _common_type(q.dtype, k.dtype, v.dtype)
-        groups, length, d = q.shape[0] * heads, q.shape[1], q.shape[2] // heads
-        window = self.window_size if window_size is None else window_size
+        b, length, channels = q.shape
+        mask, attn_bias = self.checked(mask, attn_bias, b * heads, length, window_size, q.dtype)
+        if self.l2_norm is not None:
+            k = self.l2_norm(k.reshape((-1, channels // heads))).reshape(k.shape)
+        return self.attend(q, k, v, heads, self.mask_spec(window_size), mask, attn_bias)
+
+    def attend_heads(self, q, k, v, window_size, mask, attn_bias, attn_mask):
+        """Attend by a backend that takes heads which are rotated: ``q, k: (g, n, d)``, ``v: (g, n, e)``."""
+        groups, length, d = q.shape
+        mask, attn_bias = self.checked(mask, attn_bias, groups, length, window_size, q.dtype)
+        if attn_mask is not None:
+            attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
+        if self.rotary is None:
+            q, k = self.scale_and_rotate(q, k)
+        else:
+            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), q.dtype)
+            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, q.dtype)
+            q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
+        return self.attend_to_other_types(q, k, v, self.mask_spec(window_size), mask, attn_bias, attn_mask)
+
+    def checked(self, mask, attn_bias, groups, length, window_size, dtype):
+        """Mask and bias, each if given, of shapes that fit to ``groups`` rows; the bias in the type of scores."""
         if mask is not None:
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
             windows = self.look_backward + 1 + self.look_forward
-            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window, windows))
+            attn_bias = attn_bias.reshape(_checked_bias(attn_bias.shape, groups, window_size, windows))
             attn_bias = cast(attn_bias, wide_type(dtype))
-        if attn_mask is not None:
-            attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
-        elif self.takes_projections(dtype, window):
-            if self.l2_norm is not None:
-                k = self.l2_norm(k.reshape((-1, d))).reshape(k.shape)
-            return self.attend(q, k, v, heads, self.mask_spec(window), mask, attn_bias)
-        if self.rotary is None:
-            q, k = self.scale_and_rotate(q, k)
-        else:
-            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), dtype)
-            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, dtype)
-            q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
-        return self.attend_to_other_types(q, k, v, self.mask_spec(window), mask, attn_bias, attn_mask)
+        return mask, attn_bias
 
     def takes_projections(self, dtype, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor

@@ -48,42 +48,35 @@ class MultiHeadAttention(Recomputable):
         """Attention of the sequence ``x: (b, n, dim)`` to itself."""
         x = self.typed(x)
         x = x.reshape(_checked_shape(x.shape, x.dtype, self.dim))
-        return self.attend_with(self.attend, x, (mask, attn_bias))
-
-    def attend_with(self, attend, x, inputs):
-        """Project ``x: (b, n, dim)``, attend by ``attend(q, k, v, *inputs)``, and project the result.
-
-        ``q, k, v: (b, n, h d)``. In training ``attend`` is :meth:`attend`; in decoding it is :meth:`CachedMHA.attend`,
-        which reads and writes the KV cache.
-        """
-        b = x.shape[0]
-        q, k, v, gates = self.project(x.reshape((-1, x.shape[2])))
-        shape = (b, -1, q.shape[1])
-        out = attend(q.reshape(shape), k.reshape(shape), v.reshape(shape), *inputs)
-        return self.merge(out.reshape(q.shape), gates).reshape(x.shape)
+        q, k, v, gates = self.project(x)
+        return self.merge(self.attend(q, k, v, mask, attn_bias), gates)
 
     def attend(self, q, k, v, mask, attn_bias):
         """Attention of a sequence to itself: ``q, k, v: (b, n, h d)``, returns the same shape."""
-        if self.attention.takes_projections(q.dtype, self.attention.window_size):
-            return self.attention.attend_heads(q, k, v, self.heads, mask, attn_bias)
+        window = self.attention.window_size
+        if self.attention.takes_projections(q.dtype, window):
+            return self.attention.attend_projections(q, k, v, self.heads, window, mask, attn_bias)
         out = self.attention(self.split_heads(q), self.split_heads(k), self.split_heads(v), mask, None, attn_bias)
         return self.merge_heads(out).reshape(q.shape)
 
     def project(self, x):
-        """Queries, keys and values of all heads, each ``(rows, h d)``, of ``x: (rows, dim)``; and gates, or None.
+        """Queries, keys and values of all heads, each ``(b, n, h d)``, of ``x: (b, n, dim)``; and gates, or None.
 
-        The gates ``(rows, h)`` are logits.
+        The gates ``(b n, h)`` are logits.
         """
+        b, _, dim = x.shape
+        rows = x.reshape((-1, dim))
         weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
         if self.to_v_gate is not None:
             weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight, self.to_v_gate.weight)
-        products = tree_map(ops.partial(self.product, x), weights) if self.norm is None else self.norm(x, weights)
+        products = tree_map(ops.partial(self.product, rows), weights) if self.norm is None else self.norm(rows, weights)
         q, k, v = products[0], products[1], products[2]
         if self.qk_rmsnorm:
             q, k = self.normalise(q, self.q_scale), self.normalise(k, self.k_scale)
-        if self.to_v_gate is None:
-            return q, k, v, None
-        return q, k, v, self.add_bias(widen(products[3]), self.to_v_gate.bias)
+        shape, gates = (b, -1, q.shape[1]), None
+        if self.to_v_gate is not None:
+            gates = self.add_bias(widen(products[3]), self.to_v_gate.bias)
+        return q.reshape(shape), k.reshape(shape), v.reshape(shape), gates
 
     def normalise(self, x, scale):
         """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
@@ -92,11 +85,13 @@ class MultiHeadAttention(Recomputable):
         return (heads * scales).reshape(x.shape)
 
     def merge(self, out, gates):
-        """The heads' outputs ``(rows, h d)``, gated, to ``(rows, dim)``."""
+        """The heads' outputs ``(b, n, h d)``, gated, to ``(b, n, dim)``."""
+        b, _, inner = out.shape
+        out = out.reshape((-1, inner))
         if gates is not None:
             gates = ops.matmul(ops.sigmoid(gates), channels_of_heads(self.heads, self.dim_head, gates.dtype))
             out = cast(widen(out) * gates, out.dtype)
-        return self.product(out, self.to_out.weight)
+        return self.product(out, self.to_out.weight).reshape((b, -1, self.dim))
 
 
 class LocalMHA(MultiHeadAttention):

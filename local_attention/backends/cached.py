@@ -34,7 +34,8 @@ class CachedMHA(nn.Cell):
 
     def construct(self, x, slots, mask, rotation, decay):
         """``x: (b, n, dim)``, returns the same shape; the other arguments: see :class:`decoding.cache.StepInputs`."""
-        return self.mha.attend_with(self.attend, x, (slots, mask, rotation, decay))
+        q, k, v, gates = self.mha.project(x)
+        return self.mha.merge(self.attend(q, k, v, slots, mask, rotation, decay), gates)
 
     def attend(self, q, k, v, slots, mask, rotation, decay):
         """``q, k, v: (b, n, h d)``, returns the same shape."""

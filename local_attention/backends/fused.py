@@ -15,6 +15,7 @@ from local_attention.rotary import rotary_angles, xpos_decay
 # Of xPos, in units of its base: over half the span the decay is 3.5 ** 55, or 8e29.
 MAX_DECAY_SPAN = 110
 TILE = 64  # queries that the operator computes at once, see kernels/attention.cpp
+ABSENT = np.zeros(1, np.float32)  # in place of a tensor with more axes
 
 
 class FusedAttention(TypedCell):
@@ -37,11 +38,16 @@ class FusedAttention(TypedCell):
 
     def __init__(self, attention: nn.Cell) -> None:
         super().__init__()
-        self.rotary, self.has_decay = attention.rotary, attention.has_decay
-        self.scale, self.self_value = attention.scale, attention.self_value
+        rotary = attention.rotary
+        self.table_options = (
+            attention.scale,
+            attention.self_value,
+            None if rotary is None else rotary.theta,
+            rotary.scale_base if attention.has_decay else None,
+        )
         self.max_window = max_window(attention)
         self.attend = shared_cell(FusedAttend)
-        self.absent = ms.Tensor(np.zeros(1, np.float32))  # a single axis means absent
+        self.absent = ms.Tensor(ABSENT)
 
     @staticmethod
     def is_available(attention: nn.Cell) -> bool:
@@ -50,17 +56,10 @@ class FusedAttention(TypedCell):
 
     def construct(self, q, k, v, heads, spec, mask=None, attn_bias=None):
         """``q, k: (b, n, h d)``, ``v: (b, n, h e)``, returns ``(b, n, h e)``; the rest as :class:`BlockedAttention`."""
-        length, d = q.shape[1], q.shape[2] // heads
-        rotation = decay = keep = self.absent
-        if self.rotary is not None:
-            rotation = rotation_table(length, d, self.rotary.theta)
-        if self.has_decay:
-            decay = decay_table(spec, d, self.rotary.scale_base)
-        if mask is not None:
-            keep = ops.stop_gradient(mask).astype(ms.float32)
-        factors = factor_table(heads, d**-0.5 if self.scale is None else self.scale, self.self_value)
+        sizes, factors, rotation, decay = tables(heads, q.shape[1], q.shape[2] // heads, spec, self.table_options)
+        keep = self.absent if mask is None else ops.stop_gradient(mask).astype(ms.float32)
         bias = self.absent if attn_bias is None else attn_bias
-        return self.attend(q, k, v, size_table(spec), factors, rotation, decay, keep, bias)[0]
+        return self.attend(q, k, v, sizes, factors, rotation, decay, keep, bias)[0]
 
 
 def max_window(attention):
@@ -82,8 +81,8 @@ class FusedAttend(GradientByHand):
         dq, dk, dv, dbias = self.backward(q, k, v, sizes, factors, rotation, decay, keep, bias, out[0], out[1], grad[0])
         if bias.ndim > 1:
             dbias = dbias.reshape((-1, *bias.shape)).sum(0)
-        constants = (sizes, factors, rotation, decay, keep)
-        return dq, dk, dv, *[ops.zeros_like(constant) for constant in constants], dbias
+        # In place of gradients that nothing uses; zeros would take a quarter of the time to compile a layer.
+        return dq, dk, dv, sizes, factors, rotation, decay, keep, dbias
 
 
 def forward_shapes(q, k, v, sizes, factors, *others):
@@ -95,6 +94,17 @@ def backward_shapes(q, k, v, sizes, factors, rotation, decay, keep, bias, *other
 
 
 @shared_constant
+def tables(heads, length, d, spec, options):
+    """What the operator reads beside tensors: sizes, factors of scores, rotation and decay."""
+    scale, self_value, theta, scale_base = options
+    return (
+        size_table(spec),
+        factor_table(heads, d**-0.5 if scale is None else scale, self_value),
+        ABSENT if theta is None else rotation_table(length, d, theta),
+        ABSENT if scale_base is None else decay_table(spec, d, scale_base),
+    )
+
+
 def size_table(spec):
     """A :class:`MaskSpec` as the operator reads it."""
     spec = MaskSpec(*spec)
@@ -102,7 +112,6 @@ def size_table(spec):
     return np.array(sizes, np.int32)
 
 
-@shared_constant
 def factor_table(heads, scale, self_value):
     """``(heads, 2)``: the scale of the scores, and what is added to that of a token for itself."""
     return np.full((heads, 2), (scale, self_value), np.float32)
@@ -115,7 +124,6 @@ def rotation_table(length, dim, theta):
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-@shared_constant
 def decay_table(spec, dim, scale_base):
     """``(2, offsets, dim)``: the decay of queries and of keys at offsets from the first query of a tile.
 

@@ -115,7 +115,7 @@ def test_weights_of_hyper_connections_are_not_rounded(rng):
 def test_gates_are_not_rounded(rng):
     mha = LocalMHA(dim=8, window_size=3, dim_head=4, heads=2, gate_values_per_head=True)
     mha.to_out.weight.set_data(tensor(np.eye(8)))  # exact in every type
-    out = rng.standard_normal((5, 8)).astype(np.float16).astype(np.float64)
+    out = rng.standard_normal((1, 5, 8)).astype(np.float16).astype(np.float64)
     gates = tensor(rng.standard_normal((5, 2)))
     half, exact = (mha.merge(tensor(out, dtype), gates) for dtype in (ms.float16, ms.float64))
     assert_rounded_once(half, exact)

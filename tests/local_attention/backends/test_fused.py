@@ -64,7 +64,8 @@ class Attention(nn.Cell):
             return self.attention(q, k, v, self.mask, None, attn_bias, self.window_size)
         b, heads, n, _ = q.shape
         q, k, v = self.side_by_side(q), self.side_by_side(k), self.side_by_side(v)
-        out = self.attention.attend_heads(q, k, v, heads, self.mask, attn_bias, self.window_size)
+        window = self.attention.window_size if self.window_size is None else self.window_size
+        out = self.attention.attend_projections(q, k, v, heads, window, self.mask, attn_bias)
         return out.reshape((b, n, heads, -1)).transpose((0, 2, 1, 3))
 
     def side_by_side(self, x):
