@@ -1,0 +1,40 @@
+"""scripts/hide_avx512.c, which lets programs run as on a processor without AVX-512."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.training.toys import ROOT
+
+CPUINFO = Path("/proc/cpuinfo")
+FLAGS = CPUINFO.read_text().split() if CPUINFO.exists() else []
+PROGRAM = """
+#include <stdio.h>
+int main(int count, char **arguments) {
+  __builtin_cpu_init();
+  printf("%d %d", !!__builtin_cpu_supports("avx512f"), !!__builtin_cpu_supports("avx2"));
+  fflush(stdout);
+  return count > 1 ? *(volatile int *)0 : 0;
+}
+"""
+
+
+@pytest.mark.skipif(not {"cpuid_fault", "avx512f"} <= set(FLAGS), reason="nothing to hide, or no way to do it")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_program_sees_no_avx512_and_ends_by_its_own_faults(tmp_path):
+    library, program = str(tmp_path / "hide_avx512.so"), str(tmp_path / "program")
+    source = str(ROOT / "scripts/hide_avx512.c")
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    subprocess.run(["cc", "-x", "c", "-o", program, "-"], input=PROGRAM, text=True, check=True)
+
+    def run(*arguments, **environment):
+        done = subprocess.run([program, *arguments], env=os.environ | environment, capture_output=True, text=True)
+        return done.stdout, done.returncode
+
+    assert run() == ("1 1", 0)
+    assert run(LD_PRELOAD=library) == ("0 1", 0)
+    assert run("crash", LD_PRELOAD=library) == ("0 1", -signal.SIGSEGV)
