@@ -15,8 +15,7 @@ from local_attention.mindspore_quirks import keep_from_recompute
 def shared_cell(cell: type[nn.Cell], *args: Any, **kwargs: Any) -> nn.Cell:
     """The one ``cell(*args, **kwargs)`` of all layers. For cells without parameters and state.
 
-    A graph compiles each instance of a cell by itself. With shared ones, the step of a model of 6 layers compiles in
-    6.2 s and not in 7.4.
+    A graph compiles each instance of a cell by itself; with shared ones, a step compiles in 15% less time.
     """
     return keep_from_recompute(cell(*args, **kwargs))
 

@@ -98,7 +98,7 @@ class LocalAttention(Recomputable):
         if attn_mask is None and self.takes_projections(dtype, window):
             out = self.attend_projections(q, k, v, 1, window, mask, attn_bias)
         else:
-            out = self.attend_heads(q, k, v, window, mask, attn_bias, attn_mask)
+            out = self.attend_heads(q, k, v, dtype, window, mask, attn_bias, attn_mask)
         return out.reshape((*shape[:-1], e))
 
     def attend_projections(self, q, k, v, heads, window_size, mask, attn_bias):
@@ -107,27 +107,27 @@ class LocalAttention(Recomputable):
         Only where the backend takes them, see :meth:`takes_projections`.
         """
         b, length, channels = q.shape
-        mask, attn_bias = self.checked(mask, attn_bias, b * heads, length, window_size, q.dtype)
+        mask, attn_bias = self.checked_mask_and_bias(mask, attn_bias, b * heads, length, window_size, q.dtype)
         if self.l2_norm is not None:
             k = self.l2_norm(k.reshape((-1, channels // heads))).reshape(k.shape)
         return self.attend(q, k, v, heads, self.mask_spec(window_size), mask, attn_bias)
 
-    def attend_heads(self, q, k, v, window_size, mask, attn_bias, attn_mask):
-        """Attend by a backend that takes heads which are rotated: ``q, k: (g, n, d)``, ``v: (g, n, e)``."""
+    def attend_heads(self, q, k, v, dtype, window_size, mask, attn_bias, attn_mask):
+        """Scale and rotate ``q, k: (g, n, d)``, and attend to ``v: (g, n, e)``; returns ``(g, n, e)``."""
         groups, length, d = q.shape
-        mask, attn_bias = self.checked(mask, attn_bias, groups, length, window_size, q.dtype)
+        mask, attn_bias = self.checked_mask_and_bias(mask, attn_bias, groups, length, window_size, dtype)
         if attn_mask is not None:
             attn_mask = attn_mask.reshape(_checked_attn_mask(attn_mask.shape, attn_mask.dtype, groups, length))
         if self.rotary is None:
             q, k = self.scale_and_rotate(q, k)
         else:
-            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), q.dtype)
-            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, q.dtype)
+            q_cos, q_sin = self.rotary.tables(groups, length, self.score_scale(d), dtype)
+            k_cos, k_sin = self.rotary.tables(groups, length, 1.0, dtype)
             q, k = self.scale_and_rotate(q, k, q_cos, q_sin, k_cos, k_sin)
         return self.attend_to_other_types(q, k, v, self.mask_spec(window_size), mask, attn_bias, attn_mask)
 
-    def checked(self, mask, attn_bias, groups, length, window_size, dtype):
-        """Mask and bias, each if given, of shapes that fit to ``groups`` rows; the bias in the type of scores."""
+    def checked_mask_and_bias(self, mask, attn_bias, groups, length, window_size, dtype):
+        """Both, if given, with shapes that fit ``groups`` rows, else ``ValueError``; the bias in the scores' type."""
         if mask is not None:
             mask = mask.reshape(_checked_mask(mask.shape, mask.dtype, groups, length))
         if attn_bias is not None:
@@ -139,6 +139,8 @@ class LocalAttention(Recomputable):
     def takes_projections(self, dtype, window_size):
         """Whether the backend takes queries and keys as they are projected: heads side by side, neither scaled nor
         rotated. Backends in C++ do so, for float32 and up to a window."""
+        if self.compute_type is not None and self.compute_type != dtype:  # another than that of the cell around it
+            return False
         return self.attend.takes_projections and dtype == ms.float32 and window_size <= self.attend.max_window
 
     def scale_and_rotate(self, q, k, q_cos=None, q_sin=None, k_cos=None, k_sin=None):

@@ -9,9 +9,9 @@
 
 A step is forward, backward, clipping and Adam; with ``--attention`` only forward and backward. Each implementation runs
 in its own process, and their steps alternate. The results are medians over steps, and the peak memory of each process.
-The floor is the time that the matrix products would take at the rate of a large product in MindSpore, without scores
-that are masked. If ``make parity`` has set up its environment, PyTorch is measured there in eager mode, twice: as the
-package ``local-attention``, and as the same model with windows in the batch and PyTorch's fused
+The floor is the time that the matrix products would take at the rate of a large product in MindSpore, the best of
+eight, without scores that are masked. If ``make parity`` has set up its environment, PyTorch is measured there in eager
+mode, twice: as the package ``local-attention``, and as the same model with windows in the batch and PyTorch's fused
 ``scaled_dot_product_attention``, see ``scripts/pytorch_sdpa.py``. With ``--bfloat16`` the latter is also measured under
 autocast, and this project with ``device.matmul_precision=bfloat16``.
 Attention to the whole sequence (``--whole``) is measured beside that function alone.

@@ -18,7 +18,7 @@ def interruptible():
 
 @pytest.fixture(autouse=True)
 def random_numbers():
-    """Start each test from the same random numbers, whichever tests ran before it."""
+    """Start each test from the same random numbers, whichever tests ran before it; not fixtures of whole modules."""
     ms.set_seed(0)
 
 

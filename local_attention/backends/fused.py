@@ -15,7 +15,7 @@ from local_attention.rotary import rotary_angles, xpos_decay
 # Of xPos, in units of its base: over half the span the decay is 3.5 ** 55, or 8e29.
 MAX_DECAY_SPAN = 110
 TILE = 64  # queries that the operator computes at once, see kernels/attention.cpp
-ABSENT = np.zeros(1, np.float32)  # in place of a tensor with more axes
+ABSENT = np.zeros(1, np.float32)  # a single axis means absent
 
 
 class FusedAttention(TypedCell):
@@ -81,7 +81,8 @@ class FusedAttend(GradientByHand):
         dq, dk, dv, dbias = self.backward(q, k, v, sizes, factors, rotation, decay, keep, bias, out[0], out[1], grad[0])
         if bias.ndim > 1:
             dbias = dbias.reshape((-1, *bias.shape)).sum(0)
-        # In place of gradients that nothing uses; zeros would take a quarter of the time to compile a layer.
+        # Nothing uses the gradients of constants, nor that of keep, behind a stop_gradient; zeros in their place would
+        # take a quarter of the time to compile a layer.
         return dq, dk, dv, sizes, factors, rotation, decay, keep, dbias
 
 
@@ -95,7 +96,10 @@ def backward_shapes(q, k, v, sizes, factors, rotation, decay, keep, bias, *other
 
 @shared_constant
 def tables(heads, length, d, spec, options):
-    """What the operator reads beside tensors: sizes, factors of scores, rotation and decay."""
+    """The operator's constants, for the ``table_options`` of :class:`FusedAttention`.
+
+    Sizes ``(5,)``, factors ``(heads, 2)``, rotation ``(2, n, d)`` and decay ``(2, offsets, d)``; or ``ABSENT``.
+    """
     scale, self_value, theta, scale_base = options
     return (
         size_table(spec),

@@ -724,6 +724,7 @@ def test_float64_gives_float64_results_with_rotary_embeddings_too(mode, options,
         np.testing.assert_allclose(out.asnumpy(), wanted, atol=1e-12)
 
 
+@both_paths
 @both_modes
 @pytest.mark.parametrize(
     ("types", "problem"),
@@ -734,7 +735,7 @@ def test_float64_gives_float64_results_with_rotary_embeddings_too(mode, options,
     ],
     ids=str,
 )
-def test_types_that_cannot_be_computed_in_are_refused_in_one_line(mode, types, problem):
+def test_types_that_cannot_be_computed_in_are_refused_in_one_line(path, mode, types, problem):
     with pytest.raises(ValueError, match=problem):
         LocalAttention(4, dim=4)(*(ms.ops.ones((1, 8, 4), dtype) for dtype in types))
 

@@ -1,5 +1,6 @@
 """Computing in float16 and float64, with every option, against the definition in float64."""
 
+from copy import deepcopy
 from dataclasses import fields
 
 import mindspore as ms
@@ -17,6 +18,7 @@ from tests.local_attention.backends.test_backends import CELLS, arrays, defined,
 from tests.local_attention.cells import (
     Loss,
     ValueAndGradients,
+    both_modes,
     in_a_graph,
     randomise,
     run,
@@ -119,6 +121,15 @@ def test_gates_are_not_rounded(rng):
     gates = tensor(rng.standard_normal((5, 2)))
     half, exact = (mha.merge(tensor(out, dtype), gates) for dtype in (ms.float16, ms.float64))
     assert_rounded_once(half, exact)
+
+
+@both_modes
+def test_attention_alone_may_compute_in_another_type_than_its_projections(mode, rng):
+    mha = LocalMHA(dim=8, window_size=4, dim_head=4, heads=2)
+    in_half = deepcopy(mha)
+    in_half.attention.to_float(ms.float16)
+    x = rng.standard_normal((1, 70, 8))
+    assert 1e-5 < abs(run(mha, x) - run(in_half, x)).max() < 1e-2
 
 
 # A model: to_float and mindspore.amp

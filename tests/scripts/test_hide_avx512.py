@@ -13,12 +13,14 @@ from tests.training.toys import ROOT
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = CPUINFO.read_text().split() if CPUINFO.exists() else []
 PROGRAM = """
+#include <signal.h>
 #include <stdio.h>
 int main(int count, char **arguments) {
   __builtin_cpu_init();
   printf("%d %d", !!__builtin_cpu_supports("avx512f"), !!__builtin_cpu_supports("avx2"));
   fflush(stdout);
-  return count > 1 ? *(volatile int *)0 : 0;
+  if (count == 2) raise(SIGSEGV);
+  return count > 2 ? *(volatile int *)0 : 0;
 }
 """
 
@@ -37,4 +39,5 @@ def test_a_program_sees_no_avx512_and_ends_by_its_own_faults(tmp_path):
 
     assert run() == ("1 1", 0)
     assert run(LD_PRELOAD=library) == ("0 1", 0)
-    assert run("crash", LD_PRELOAD=library) == ("0 1", -signal.SIGSEGV)
+    for fault in (["sent"], ["an", "instruction's"]):
+        assert run(*fault, LD_PRELOAD=library) == ("0 1", -signal.SIGSEGV)
