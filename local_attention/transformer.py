@@ -10,10 +10,11 @@ from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import Normal
 from mindspore.ops import constexpr
 
+from local_attention.constants import shared_cell
 from local_attention.dropout import Recomputable
 from local_attention.global_attention import GlobalAttention
 from local_attention.hyper_connections import connection, expand_streams, reduce_streams
-from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, dense
+from local_attention.layers import CrossEntropy, FeedForward, LayerNorm, WeightedSum, dense
 from local_attention.mha import LocalMHA, MultiHeadAttention
 from local_attention.ngram import NgramEmbedding
 from local_attention.options import LocalTransformerOptions, accepts
@@ -130,6 +131,7 @@ class LocalTransformer(Recomputable):
             ones, zeros = (ms.Tensor(np.full(options.depth, value, np.float32)) for value in (1, 0))
             self.residual_factors = Parameter(ones, name="residual_factors")
             self.embedding_factors = Parameter(zeros, name="embedding_factors")
+            self.weighted_sum = shared_cell(WeightedSum)
         self.dynamic_pos_bias = None
         if options.use_dynamic_pos_bias:
             self.dynamic_pos_bias = DynamicPositionBias(max(dim // 2, 1), options.heads)
@@ -323,7 +325,7 @@ class LocalTransformer(Recomputable):
         embeddings = x
         for i, layer in enumerate(layers):
             if self.embedding_skip:
-                x = x * cast(self.residual_factors[i], x.dtype) + embeddings * cast(self.embedding_factors[i], x.dtype)
+                x = self.weighted_sum(x, embeddings, self.residual_factors[i], self.embedding_factors[i])
             of_attention, of_global = inputs_of_layers[i]
             x = layer(x, b, inputs[of_attention], inputs[of_global])
         return reduce_streams(x, self.streams).reshape((b, n, dim))
