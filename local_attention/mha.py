@@ -5,9 +5,11 @@ import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore.ops import constexpr
 
+from local_attention.backends.fused_layers import FusedL2Norm
 from local_attention.constants import shared_cell, shared_constant
 from local_attention.dropout import Recomputable
 from local_attention.einops_mindspore import Rearrange
+from local_attention.kernels import training_kernels_run
 from local_attention.layers import AddBias, L2Norm, LayerNorm, Product, dense, tree_map
 from local_attention.local_attention import LocalAttention
 from local_attention.options import GlobalAttentionOptions, LocalMHAOptions, accepts
@@ -35,6 +37,7 @@ class MultiHeadAttention(Recomputable):
         self.qk_rmsnorm = options.qk_rmsnorm
         if options.qk_rmsnorm:
             self.l2_norm, self.matmul = shared_cell(L2Norm), ops.MatMul()
+            self.fused_l2_norm = shared_cell(FusedL2Norm) if training_kernels_run(self) else None
             self.q_scale, self.k_scale = (
                 Parameter(ms.Tensor(np.ones(dim_head, np.float32)), name=name) for name in ("q_scale", "k_scale")
             )
@@ -80,7 +83,10 @@ class MultiHeadAttention(Recomputable):
 
     def normalise(self, x, scale):
         """The heads of ``x: (rows, h d)`` with unit length, times ``scale: (d,)``."""
-        heads = self.l2_norm(x.reshape((-1, self.dim_head)))
+        heads = x.reshape((-1, self.dim_head))
+        if self.fused_l2_norm is not None and x.dtype == scale.dtype == ms.float32:
+            return self.fused_l2_norm(heads, scale).reshape(x.shape)
+        heads = self.l2_norm(heads)
         scales = self.matmul(ops.ones((heads.shape[0], 1), x.dtype), cast(scale, x.dtype).reshape((1, -1)))
         return (heads * scales).reshape(x.shape)
 

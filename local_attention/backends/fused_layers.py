@@ -76,6 +76,17 @@ def feed_forward_shapes(x, gamma, beta, to_value, *others):
     return x, inner, inner
 
 
+class FusedL2Norm(GradientByHand):
+    """Rows ``x: (rows, d)`` of unit length, see :class:`L2Norm`, times a scale ``(d,)``."""
+
+    def __init__(self) -> None:
+        super().__init__(forward=OperatorCell("l2_norm_forward"))
+        self.backward = operator("l2_norm_backward", inputs_as_shapes(2), 2)
+
+    def bprop(self, x, scale, out, grad):
+        return self.backward(x, scale, grad)
+
+
 class FusedCrossEntropy(GradientByHand):
     """:class:`CrossEntropy` in one operator: ``logits: (rows, classes)``, ``labels: (rows,)`` int32 to ``(rows,)``."""
 

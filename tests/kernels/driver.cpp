@@ -19,7 +19,7 @@
 using Operator = int(int, void **, int *, int64_t **, const char **, void *, void *);
 extern "C" int multiply_in_bfloat16(int);
 extern "C" Operator local_attention_forward, local_attention_backward, norm_linear_forward, norm_linear_backward,
-    feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache,
+    l2_norm_forward, l2_norm_backward, feed_forward_forward, feed_forward_backward, cross_entropy_forward, cross_entropy_backward, attend_to_cache,
     attend_chunk_to_cache, feed_forward, global_norm, times_or_zero, muon_step;
 
 // Instead of the standard library's: so that the thread pool has workers on any machine.
@@ -131,6 +131,13 @@ Tensors branch(int64_t rows) {
          call(feed_forward, inputs, {{rows, dim}});
 }
 
+Tensors l2_norm(int64_t rows, int64_t d) {
+  Random random(rows + d);
+  const Tensors inputs = {random({rows, d}), random({d})};
+  const Tensors out = call(l2_norm_forward, inputs, {{rows, d}});
+  return out + call(l2_norm_backward, inputs + out, shapes_of(inputs));
+}
+
 Tensors cross_entropy(int64_t rows, int32_t classes) {
   Random random(rows);
   std::vector<int32_t> labels(rows);
@@ -208,6 +215,7 @@ std::vector<std::function<Tensors()>> jobs() {
     jobs.push_back([=] { return norm_linear(rows, {65}); });
     jobs.push_back([=] { return norm_linear(rows, {1, 64, 3}); });
     jobs.push_back([=] { return branch(rows); });
+    for (int64_t d : {1, 33}) jobs.push_back([=] { return l2_norm(rows, d); });
   }
   for (int64_t rows : {1, 64, 200})
     for (int32_t classes : {1, 16, 37}) jobs.push_back([=] { return cross_entropy(rows, classes); });

@@ -65,6 +65,10 @@ def results(library, seed=0):
     yield from outs
     yield from call(library, "norm_linear_backward", [*norm, *outs], [x.shape for x in norm])
 
+    heads, scale = numbers(rng, rows, dim), numbers(rng, dim)
+    yield from call(library, "l2_norm_forward", [heads, scale], [heads.shape])
+    yield from call(library, "l2_norm_backward", [heads, scale, norm[0]], [heads.shape, scale.shape])
+
     weights = [numbers(rng, inner, dim), numbers(rng, inner, dim), numbers(rng, dim, inner)]
     inputs = [*norm[:3], *weights]
     out, *kept = call(library, "feed_forward_forward", inputs, [(rows, dim), (rows, inner), (rows, inner)])

@@ -328,8 +328,8 @@ def test_operators_refuse_arguments_of_another_number_or_type(library, changed, 
         return call(library, name, inputs, shapes)
 
     monkeypatch.setattr(operators, "call", call_with_changed)
-    assert len(list(operators.results(library))) == 48
-    assert len(refused) == (11 if changed == "one input less" else 12)
+    assert len(list(operators.results(library))) == 51
+    assert len(refused) == (13 if changed == "one input less" else 14)
 
 
 def test_attention_refuses_a_decay_for_another_window(library, rng):

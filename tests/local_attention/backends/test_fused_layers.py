@@ -8,7 +8,7 @@ import pytest
 from mindspore import nn, ops
 
 from local_attention import LocalAttention, LocalMHA, kernels
-from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedNormLinear
+from local_attention.backends.fused_layers import FusedCrossEntropy, FusedFeedForward, FusedL2Norm, FusedNormLinear
 from local_attention.layers import CrossEntropy, FeedForward, LayerNorm
 from tests.local_attention import reference
 from tests.local_attention.cells import (
@@ -59,6 +59,31 @@ def test_the_feed_forward_and_its_gradients_are_the_same_for_any_number_of_rows(
     check_both_paths(
         lambda: FeedForward(DIM, 9), [x], lambda p, x: reference.feed_forward(x, p)
     )  # an inner size of 144
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+def test_normalised_queries_and_keys_and_their_gradients_are_the_same_for_any_number_of_rows(rows, rng):
+    scale = rng.standard_normal(DIM)
+    x = rng.standard_normal((rows, DIM)) * 10.0 ** rng.integers(-3, 3, (rows, 1))
+    x[rows // 2], x[rows // 3] = 0, 1e-14 * x[0]  # divided by 1e-12
+    lengths = np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    wanted, cotangent = x / lengths * scale, rng.standard_normal(x.shape) * lengths
+    value, (dx, dscale) = value_and_gradients(FusedL2Norm(), [x, scale], cotangent)
+    np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-6)
+    _, (wanted_dx, wanted_dscale) = value_and_gradients(portable(Normalised), [x, scale], cotangent)
+    np.testing.assert_allclose(dx, wanted_dx, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(dscale, wanted_dscale, rtol=2e-6, atol=1e-6 * abs(cotangent).sum())
+
+
+class Normalised(nn.Cell):
+    """The same by MindSpore's own operators, as :class:`LocalMHA` has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = LocalMHA(dim=DIM, window_size=4, dim_head=DIM, heads=1, qk_rmsnorm=True)
+
+    def construct(self, x, scale):
+        return self.mha.normalise(x, scale)
 
 
 @pytest.mark.parametrize("rows", [65, 128, 1023, 1024, 1025, 2100])
