@@ -26,6 +26,14 @@ from local_attention.precision import cast, constant, widen
 tree_map = ops.Map()
 
 
+matmul_nt = ops.MatMul(transpose_b=True)
+
+
+def dot(x, y):
+    """The sum of ``x * y``, ``()``. For 2,048 rows of 192, ``(x * y).sum()`` takes 1.5 ms more."""
+    return matmul_nt(x.reshape((1, -1)), y.reshape((1, -1))).reshape(())
+
+
 def dense(dim_in: int, dim_out: int) -> nn.Dense:
     """A linear layer without bias, its weight ``(dim_out, dim_in)`` uniform in ``±dim_in ** -0.5`` as in PyTorch."""
     return nn.Dense(dim_in, dim_out, weight_init=HeUniform(math.sqrt(5)), has_bias=False)
@@ -180,23 +188,16 @@ class L2Norm(GradientByHand, L2NormForward):
 class WeightedSumForward(TypedCell):
     """``x * a + y * b`` of two tensors of one shape and two factors, ``()``."""
 
-    def __init__(self):
-        super().__init__()
-        self.matmul_nt = ops.MatMul(transpose_b=True)
-
     def construct(self, x, y, a, b):
         return x * cast(a, x.dtype) + y * cast(b, x.dtype)
 
 
 class WeightedSum(GradientByHand, WeightedSumForward):
-    """The same; gradients of factors are dot products, in at least float32 (0.2 ms), not sums of products (2 ms)."""
+    """The same; the gradients of the factors are computed by :func:`dot`, in at least float32."""
 
     def bprop(self, x, y, a, b, out, grad):
-        dx, dy = grad * cast(a, grad.dtype), grad * cast(b, grad.dtype)
-        return dx, dy, cast(self.dot(grad, x), a.dtype), cast(self.dot(grad, y), b.dtype)
-
-    def dot(self, x, y):
-        return self.matmul_nt(widen(x).reshape((1, -1)), widen(y).reshape((1, -1))).reshape(())
+        dx, dy, wide = grad * cast(a, grad.dtype), grad * cast(b, grad.dtype), widen(grad)
+        return dx, dy, cast(dot(wide, widen(x)), a.dtype), cast(dot(wide, widen(y)), b.dtype)
 
 
 class GEGLUForward(TypedCell):

@@ -1,7 +1,7 @@
 // Runs a program as on a processor without AVX-512 and AMX, to measure and test there; for Linux on x86-64:
 //
-//     cc -O1 -shared -fPIC -o /tmp/hide_avx512.so scripts/hide_avx512.c -ldl
-//     LD_PRELOAD=/tmp/hide_avx512.so python scripts/benchmark_train.py
+//     cc -O1 -shared -fPIC -o hide_avx512.so scripts/hide_avx512.c -ldl
+//     LD_PRELOAD=$PWD/hide_avx512.so python scripts/benchmark_train.py
 //
 // Libraries ask the processor what it can do by the instruction CPUID. This one lets CPUID fail (arch_prctl(2),
 // ARCH_SET_CPUID), and a handler of SIGSEGV answers in its place, without what is to be hidden. The C library has chosen its own

@@ -101,6 +101,7 @@ def tables(heads, length, d, spec, options):
     Sizes ``(5,)``, factors ``(heads, 2)``, rotation ``(2, n, d)`` and decay ``(2, offsets, d)``; or ``ABSENT``.
     """
     scale, self_value, theta, scale_base = options
+    # the rotation is a shared constant of its own, as layers with other windows have the same
     return (
         size_table(spec),
         factor_table(heads, d**-0.5 if scale is None else scale, self_value),

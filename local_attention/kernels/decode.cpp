@@ -113,8 +113,8 @@ FOR_EACH_PROCESSOR void geglu(float *value, const float *gate, int64_t n) {
 
 // x with unit length, times scale if it is not null.
 INLINE void normalise(float *x, const float *scale, int64_t d) {
-  const float inverse_length = 1 / std::sqrt(std::max(dot(x, x, d), 1e-24f));
-  for (int64_t c = 0; c < d; ++c) x[c] *= inverse_length * (scale ? scale[c] : 1);
+  const float inverse = inverse_length(dot(x, x, d));
+  for (int64_t c = 0; c < d; ++c) x[c] *= inverse * (scale ? scale[c] : 1);
 }
 
 // One head, and the `span` slots of keys and values, of d numbers each, in its cache.

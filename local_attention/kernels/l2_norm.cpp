@@ -13,11 +13,9 @@ using namespace kernels;
 
 enum { kX, kScale, kInputs };  // (rows, d), (d)
 
-constexpr float kSmallest = 1e-24f;  // of the squared length: shorter rows are divided by its root
-
 FOR_EACH_PROCESSOR void normalise(const float *x, const float *scale, int64_t rows, int64_t d, float *RESTRICT out) {
   for (int64_t r = 0; r < rows; ++r, x += d, out += d) {
-    const float inverse = 1 / std::sqrt(std::max(dot(x, x, d), kSmallest));
+    const float inverse = inverse_length(dot(x, x, d));
     for (int64_t c = 0; c < d; ++c) out[c] = x[c] * inverse * scale[c];
   }
 }
@@ -26,14 +24,14 @@ FOR_EACH_PROCESSOR void normalise_backward(const float *x, const float *scale, c
                                            float *RESTRICT dx, float *RESTRICT dscale) {
   std::fill_n(dscale, d, 0.0f);
   for (int64_t r = 0; r < rows; ++r, x += d, dout += d, dx += d) {
-    const float square = dot(x, x, d), inverse = 1 / std::sqrt(std::max(square, kSmallest));
+    const float square = dot(x, x, d), inverse = inverse_length(square);
     float along = 0;
     for (int64_t c = 0; c < d; ++c) {
       const float product = x[c] * inverse * dout[c];
       dscale[c] += product;
       along += product * scale[c];
     }
-    if (square <= kSmallest) along = 0;  // the row was divided by a constant
+    if (square <= kShortestSquare) along = 0;  // the row was divided by a constant
     for (int64_t c = 0; c < d; ++c) dx[c] = (dout[c] * scale[c] - x[c] * inverse * along) * inverse;
   }
 }

@@ -27,6 +27,10 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
 
 FOR_EACH_PROCESSOR static float sum_of_squares(const float *x, int64_t n) { return dot(x, x, n); }
 
+// 1 / the length of a row, from its square; rows shorter than 1e-12 are divided by that.
+constexpr float kShortestSquare = 1e-24f;
+INLINE float inverse_length(float square) { return 1 / std::sqrt(std::max(square, kShortestSquare)); }
+
 // The largest of n numbers; GCC does not vectorise std::max over them, because of NaN.
 INLINE float maximum(const float *x, int64_t n) {
   constexpr int64_t kLanes = 16;

@@ -11,15 +11,14 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.amp import DynamicLossScaler
 
 from local_attention.kernels import training_kernels_run
-from local_attention.layers import tree_map
+from local_attention.layers import dot, tree_map
 from local_attention.training.config import OptimizerConfig
 from local_attention.training.fused_update import FusedMuon
 
 
 def sum_of_squares(tensor):
-    """Return the sum of squares, () float32. A dot product takes 9 ms per step of Muon, a sum over all axes 17 ms."""
-    row = tensor.reshape((1, -1))
-    return ops.matmul(row, row.reshape((-1, 1))).reshape(())
+    """The sum of squares, ``()`` float32."""
+    return dot(tensor, tensor)
 
 
 def is_decayed(parameter: Parameter) -> bool:

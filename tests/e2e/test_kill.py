@@ -13,7 +13,7 @@ from tests.e2e.test_train_command import metrics
 
 pytestmark = pytest.mark.slow
 
-KILLS = 8
+KILLS = 10
 STEPS = 200
 OVERRIDES = [
     f"train.max_steps={STEPS}",
